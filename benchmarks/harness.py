@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -194,8 +193,14 @@ def versions() -> dict[str, str]:
 
 
 def peak_mb() -> float:
-    """Highest resident memory of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Highest resident memory of this process so far, in MiB.
+
+    Read from VmHWM: unlike `getrusage`, it does not count what the parent held before `exec`.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status states no VmHWM: peak memory cannot be measured here")
 
 
 def run_isolated(module: str, *arguments: str, timeout: float = 600.0) -> Row:

@@ -1,0 +1,50 @@
+"""What all tests share: the data folder, seeded randomness, a quiet environment."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+# Set before any package that would read them is imported: nothing here may use the network.
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    os.environ.setdefault(name, "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The folder with the real data sets; the test is skipped, with the reason, without it."""
+    folder = Path(os.environ.get("LACONIC_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data sets at {folder}: set LACONIC_DATA to their folder")
+    return folder
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """Torch randomness, the same in every run."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """NumPy randomness, the same in every run."""
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test starts from one seed and leaves torch's thread count as it found it.
+
+    The library takes generators as arguments; modules that tests build draw their initial weights
+    from the global one, which is why it is seeded here.
+    """
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
