@@ -1,0 +1,1 @@
+"""The nouns that are plain data, the registry by file name, and the errors."""

@@ -1,0 +1,1 @@
+"""The captured model and everything that reads or rewrites its graph."""
