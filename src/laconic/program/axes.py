@@ -90,12 +90,18 @@ def resolve(term: Term) -> Term:
         return product(*(resolve(factor) for factor in term.factors)) if term.factors else UNIT
     if isinstance(term, Sum):
         return concatenation(*(resolve(part) for part in term.parts)) if term.parts else EMPTY
-    if term.size == 1:
-        return UNIT
-    if term.bound is None:
-        return term
-    term.bound = resolve(term.bound)
-    return term.bound
+    chain: list[Atom] = []
+    found: Term = term
+    while isinstance(found, Atom) and found.bound is not None:
+        chain.append(found)
+        found = found.bound
+    if isinstance(found, Atom):
+        found = UNIT if found.size == 1 else found
+    else:
+        found = resolve(found)
+    for atom in chain:
+        atom.bound = found
+    return found
 
 
 def root(atom: Atom) -> Atom:
