@@ -1,0 +1,1 @@
+"""The laconic command, one short file a verb."""

@@ -4,7 +4,7 @@ Library code takes a `Progress` and knows nothing about terminals; the command l
 draws bars. The default is silent.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -23,7 +23,7 @@ class Progress:
     """Silent progress; a front end subclasses it and draws."""
 
     @contextmanager
-    def task(self, what: str, total: float | None = None) -> Iterator[Bar]:
+    def task(self, what: str, total: float | None = None) -> Generator[Bar]:
         """Open a bar for the length of a `with` block."""
         del what, total
         yield _Silent()

@@ -94,7 +94,7 @@ class Recipe(BaseModel):
             unknown = set(data) - {"name", "steps"}
             if unknown:
                 raise RecipeError(
-                    f"unknown key {sorted(map(str, unknown))[0]!r}; a recipe has 'name' and 'steps'",
+                    f"unknown key {min(map(str, unknown))!r}; a recipe has 'name' and 'steps'",
                     where=str(path),
                 )
             name, data = data.get("name", name), data.get("steps")

@@ -141,7 +141,7 @@ def regression(
     test: Loader | None = None,
     **options: Any,
 ) -> Task:
-    """Targets of the outputs' shape; the score is the squared error of a sample, lower is better."""
+    """Targets of the outputs' shape; the score is a sample's squared error, lower is better."""
 
     def error(outputs: Any, targets: Tensor) -> Tensor:
         difference = first_tensor(outputs) - targets

@@ -65,7 +65,7 @@ class Affine(Form):
 
 
 def along(side: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """`side` of shape `[n]` (or `[]`) shaped to broadcast along `axis` of a tensor of rank `ndim`."""
+    """`side` of shape `[n]` or `[]`, shaped to broadcast along `axis` of a tensor of that rank."""
     if axis is None:
         return side.reshape(())
     shape = [1] * ndim
@@ -79,7 +79,7 @@ def encode(
     """Codes of `x`, rounded half to even, clamped: int8 where [qmin, qmax] fits, else int32."""
     s, z = along(scale, axis, x.ndim), along(zero_point, axis, x.ndim)
     codes = (torch.round(x / s) + z).clamp(qmin, qmax)
-    return codes.to(torch.int8 if -128 <= qmin and qmax <= 127 else torch.int32)
+    return codes.to(torch.int8 if qmin >= -128 and qmax <= 127 else torch.int32)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:

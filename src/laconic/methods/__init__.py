@@ -1,0 +1,1 @@
+"""The methods: one file, one method; a name is its file."""

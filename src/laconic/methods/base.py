@@ -117,7 +117,7 @@ def method_of(step: Step, where: str) -> Method:
     """The method a step asks for, its options checked.
 
     Raises:
-        RecipeError: unknown method or option (names the nearest right one), or a value out of range.
+        RecipeError: unknown method or option (names the nearest), or a value out of range.
     """
     try:
         made = method_class(step.method)

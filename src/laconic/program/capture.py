@@ -1,6 +1,7 @@
 """Turn an `nn.Module` into a Program with `torch.export`."""
 
 import copy
+import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _try_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        model(*args, **kwargs)
+        output = model(*args, **kwargs)
     except Exception as error:
         leaves = pytree.tree_leaves((args, kwargs))
         shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
@@ -81,6 +82,21 @@ def _try_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             where="example_inputs",
             hint="give inputs that model(...) accepts",
         ) from error
+    for kind in {type(item) for item in _nest(output)}:  # torch.export knows only registered ones
+        if dataclasses.is_dataclass(kind) and kind not in pytree.SUPPORTED_NODES:
+            torch.export.register_dataclass(kind)
+
+
+def _nest(value: Any) -> list[Any]:
+    """A value and everything nested in it."""
+    below: list[Any] = []
+    if isinstance(value, Mapping):
+        below = list(value.values())
+    elif isinstance(value, (tuple, list)):
+        below = list(value)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        below = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [value, *(inner for item in below for inner in _nest(item))]
 
 
 @dataclass(frozen=True)
@@ -204,9 +220,14 @@ def _became_fixed(exported: ExportedProgram, wish: _Wish) -> str:
         name = inputs[leaf]
         value = nodes[name].meta["val"] if isinstance(name, str) else None
         for dim, word in dims.items():
-            if isinstance(value, Tensor) and isinstance(value.shape[dim], int):
+            if isinstance(value, Tensor) and _is_constant(value.shape[dim]):
                 fixed.add(f"dimension {word!r} of {name}")
     return ", ".join(sorted(fixed))
+
+
+def _is_constant(size: int | torch.SymInt) -> bool:
+    """Whether a traced size is a number; a symbol that has been solved counts as one."""
+    return not isinstance(size, torch.SymInt) or size.node.maybe_as_int() is not None
 
 
 def _leaf_order(exported: ExportedProgram, wish: _Wish) -> dict[int, dict[int, str]]:

@@ -4,21 +4,23 @@ Guards and assertions go, regions of disabled gradients are inlined, in-place op
 their functional twins, tied tensors get one name, and operators that do nothing are dropped.
 """
 
-import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.graph import CodeGen
 
 from laconic.core.errors import CaptureError
 from laconic.program.program import Program
 
 _WRAPPERS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
 _ASSERTIONS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range"}
-_VIEWS = {"select", "slice", "view", "transpose", "unsqueeze", "squeeze", "permute", "expand"}
-_VIEWS |= {"as_strided", "narrow", "reshape", "flatten", "split", "chunk", "unbind", "t", "alias"}
+_VIEWS = frozenset(
+    ("select", "slice", "view", "transpose", "unsqueeze", "squeeze", "permute", "expand", "t")
+    + ("as_strided", "narrow", "reshape", "flatten", "split", "chunk", "unbind", "alias")
+)
 
 Tensors = dict[str, Tensor]
 
@@ -44,7 +46,7 @@ def flatten_export(
     tensors, aliases = _collect_tensors(module, model)
     _rename_tied(graph, aliases)
     _flat_output(graph)
-    graph.set_codegen(fx.graph.CodeGen())
+    graph.set_codegen(CodeGen())
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     used = {node.target for node in graph.nodes if node.op == "get_attr"}
     persistent = set(model.state_dict())
@@ -73,7 +75,7 @@ def _inline_wrappers(module: fx.GraphModule) -> None:
                 hint="capture it in float32, outside of autocast",
             )
         body_node, inputs = node.args[first], node.args[first + 1 :]
-        body = module.get_submodule(body_node.target)
+        body = cast(fx.GraphModule, module.get_submodule(body_node.target))
         _inline_wrappers(body)
         places = [n for n in body.graph.nodes if n.op == "placeholder"]
         mapping: dict[fx.Node, Any] = dict(zip(places, inputs, strict=True))
@@ -256,8 +258,8 @@ def drop_identities(program: Program) -> None:
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or "shape" not in node.meta:
             continue
-        same = node.meta["shape"] == source.meta.get("shape")
-        same = same and node.meta["dtype"] == source.meta.get("dtype")
+        same: bool = node.meta["shape"] == source.meta.get("shape")
+        same = same and bool(node.meta["dtype"] == source.meta.get("dtype"))
         if same and (
             name in {"alias", "detach", "detach_", "lift_fresh_copy", "to", "_to_copy"}
             or (name == "slice" and _is_whole_slice(node))
@@ -267,10 +269,8 @@ def drop_identities(program: Program) -> None:
 
 
 def _is_whole_slice(node: fx.Node) -> bool:
-    start = node.args[2] if len(node.args) > 2 else None
-    end = node.args[3] if len(node.args) > 3 else None
-    step = node.args[4] if len(node.args) > 4 else 1
-    return start in (None, 0) and step == 1 and (end is None or end == 2**63 - 1)
+    start, end, step = (*node.args[2:5], *(None, None, 1)[len(node.args) - 2 :])
+    return bool(start in (None, 0) and step == 1 and end in (None, 2**63 - 1))
 
 
 def lost_in_eval(model: nn.Module, graph: fx.Graph) -> list[str]:
@@ -303,8 +303,3 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
         return model.get_submodule(path)
     except AttributeError:
         return model
-
-
-def is_getitem(node: fx.Node) -> bool:
-    """Whether a node picks one of several outputs."""
-    return node.op == "call_function" and node.target is operator.getitem

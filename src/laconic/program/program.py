@@ -6,7 +6,7 @@ A Program is a plain `nn.Module` with the original parameter names. It trains in
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -64,7 +64,7 @@ class Program(nn.Module):
         self.aliases = dict(aliases or {})
         self.lost = tuple(lost)
         self._shared = False
-        self._run: Any = None
+        self._run: Callable[..., tuple[Tensor, ...]] | None = None
         for name, tensor in tensors.items():
             self._register(name, tensor)
         for alias, name in self.aliases.items():
@@ -80,17 +80,17 @@ class Program(nn.Module):
 
     def run_flat(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Run the graph on flat inputs in placeholder order."""
-        if self._run is None:
-            self.recompile()
-        return self._run(self, *inputs)
+        run = self._run or self.recompile()
+        return run(self, *inputs)
 
-    def recompile(self) -> None:
+    def recompile(self) -> Callable[..., tuple[Tensor, ...]]:
         """Make the Python function of the graph anew; call it after changing the graph."""
         self.graph.lint()
         code = self.graph.python_code("self")
         scope: dict[str, Any] = dict(code.globals)
         exec(compile(code.src, "<laconic program>", "exec"), scope)  # noqa: S102
-        self._run = scope["forward"]
+        self._run = run = scope["forward"]
+        return run
 
     def as_graph_module(self) -> fx.GraphModule:
         """A flat `GraphModule` over the same tensors, for exporters and tracers."""

@@ -1,0 +1,1 @@
+"""Result in, page, tables and JSON out."""

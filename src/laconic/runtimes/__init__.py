@@ -1,0 +1,1 @@
+"""Where a Program is exported to and run."""

@@ -1,0 +1,1 @@
+"""What one calibration pass collects."""

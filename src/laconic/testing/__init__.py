@@ -1,0 +1,1 @@
+"""A zoo of small awkward models, the masked reference and contract tests."""

@@ -1,0 +1,1 @@
+"""Removing weights, channels, neurons and heads."""

@@ -1,0 +1,1 @@
+"""Exact or measured rewrites that make a graph smaller."""
