@@ -37,7 +37,7 @@ def test_collect_sees_what_the_model_computes():
         },
     )
     x = torch.cat(data)
-    hidden = model[2](model[1](model[0](x)))
+    hidden = model[2](model[1](model[0](x))).detach()
     assert torch.allclose(found["relu"].maximum, hidden.amax((0, 2, 3)), atol=1e-6)
     assert found["in"].count == hidden.numel()
     assert abs(float(found["in"].mean) - float(hidden.double().mean())) < 1e-6
