@@ -1,0 +1,305 @@
+"""The peers measured beside us, on the same machine, in the same run.
+
+* the original in eager PyTorch, ONNX Runtime, OpenVINO fp32 and bf16;
+* `nncf.quantize` (int8) of the original in OpenVINO, with its defaults and with its best settings;
+* Torch-Pruning at the same MACs.
+
+A *runner* is a callable that takes the list of input arrays and returns the list of output arrays.
+"""
+
+import contextlib
+import io
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the peers print: stdout belongs to the JSON line."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.getLogger("nncf").setLevel(logging.ERROR)
+        yield
+
+
+def eager(model: nn.Module, threads: int) -> Runner:
+    """The model as PyTorch runs it by itself."""
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        with torch.inference_mode():
+            out = model(*(torch.from_numpy(array) for array in inputs))
+        return [out.numpy()]
+
+    return run
+
+
+def onnx_file(model: nn.Module, example: Sequence[Tensor], path: Path) -> Path:
+    """The original as an ONNX file with a dynamic batch, by `torch.onnx.export`."""
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    shapes = tuple({0: batch} for _ in example)
+    with quiet():
+        torch.onnx.export(model, tuple(example), path, dynamo=True, dynamic_shapes=shapes,
+                          external_data=False, verbose=False)  # fmt: skip
+    return path
+
+
+def onnxruntime(path: Path, threads: int) -> Runner:
+    """An ONNX file in ONNX Runtime's CPU provider."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    names = [item.name for item in session.get_inputs()]
+    return lambda inputs: session.run(None, dict(zip(names, inputs, strict=True)))
+
+
+def openvino_model(model: nn.Module, example: Sequence[Tensor]) -> Any:
+    """The original as an `openvino.Model` of fixed batch, through `torch.export`."""
+    import openvino
+
+    with quiet():
+        exported = torch.export.export(model, tuple(example))
+        converted = openvino.convert_model(exported)
+    for port, tensor in zip(converted.inputs, example, strict=True):
+        port.get_node().set_partial_shape(openvino.PartialShape(list(tensor.shape)))
+    converted.validate_nodes_and_infer_types()
+    return converted
+
+
+def reshaped(model: Any, batch: int) -> Any:
+    """A copy of an `openvino.Model` for another fixed batch."""
+    import openvino
+
+    copy = model.clone()
+    copy.reshape({
+        port: openvino.PartialShape([batch, *list(port.get_partial_shape())[1:]])
+        for port in copy.inputs
+    })  # fmt: skip
+    return copy
+
+
+def openvino_runner(model: Any, precision: str, threads: int) -> Runner:
+    """Compile for latency; `precision` is "f32" or "bf16": what non-quantised operators run in.
+
+    `model` is an `openvino.Model` or the path of a file that OpenVINO reads.
+    """
+    import openvino
+
+    core = openvino.Core()
+    if isinstance(model, Path):
+        model = core.read_model(model)
+    compiled = core.compile_model(model, "CPU", {
+        "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(threads),
+        "INFERENCE_PRECISION_HINT": precision,
+    })  # fmt: skip
+    request = compiled.create_infer_request()
+    count = len(compiled.outputs)
+
+    def run(inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        result = request.infer(list(inputs), share_inputs=True)
+        return [np.array(result[index]) for index in range(count)]
+
+    return run
+
+
+def nncf_int8(
+    model: Any, calibration: Iterable[Sequence[np.ndarray]], *, settings: str = "default",
+    samples: int = 300,
+) -> Any:  # fmt: skip
+    """`nncf.quantize` of an `openvino.Model` on `samples` calibration inputs.
+
+    `settings`: "default"; "mixed" (asymmetric activations where they help); "best" (mixed and the
+    slow, exact bias correction); "transformer" (the model type that keeps attention accurate).
+    """
+    import nncf
+
+    chosen: dict[str, Any] = {
+        "default": {},
+        "mixed": {"preset": nncf.QuantizationPreset.MIXED},
+        "best": {"preset": nncf.QuantizationPreset.MIXED, "fast_bias_correction": False},
+        "transformer": {"model_type": nncf.ModelType.TRANSFORMER},
+    }[settings]
+    items = [list(item) for item in calibration]
+    with quiet():
+        return nncf.quantize(model, nncf.Dataset(items), subset_size=min(samples, len(items)),
+                             **chosen)  # fmt: skip
+
+
+def openvino_bytes(model: Any) -> int:
+    """Bytes of the `.xml` and `.bin` files of an `openvino.Model`, saved without fp16."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        openvino.save_model(model, path, compress_to_fp16=False)
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
+
+
+def batched_outputs(run: Runner, inputs: Sequence[np.ndarray], batch: int) -> np.ndarray:
+    """First output over all rows of `inputs` for a runner of fixed `batch`; the tail is padded."""
+    rows = len(inputs[0])
+    found: list[np.ndarray] = []
+    for start in range(0, rows, batch):
+        part = [array[start : start + batch] for array in inputs]
+        short = batch - len(part[0])
+        if short:
+            part = [np.concatenate([a, np.repeat(a[-1:], short, axis=0)]) for a in part]
+        found.append(run(part)[0][: batch - short])
+    return np.concatenate(found)
+
+
+def accuracy(run: Runner, pixels: Tensor, labels: Tensor, batch: int) -> Tensor:
+    """1.0 where the runner's first output has its largest value at the label: float32 [n]."""
+    outputs = batched_outputs(run, [pixels.numpy()], batch)
+    return torch.from_numpy(outputs.argmax(1) == labels.numpy()).float()
+
+
+def busy_share(seconds: float = 0.5) -> float:
+    """Share of all cores that other processes keep busy just now, from /proc/stat; 0 is quiet."""
+
+    def read() -> tuple[float, float]:
+        fields = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]
+
+    total, idle = read()
+    time.sleep(seconds)
+    total2, idle2 = read()
+    return 1.0 - (idle2 - idle) / max(total2 - total, 1)
+
+
+def interleaved(
+    runners: Mapping[str, Runner], inputs: Mapping[str, Sequence[np.ndarray]], *,
+    rounds: int = 7, seconds: float = 0.4,
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Milliseconds per call, all runners in turn in every round, in alternating order.
+
+    A turn first runs untimed for a tenth of `seconds`, then until `seconds` have passed and at
+    least five calls are made; its median counts. Returned per runner: the median turn `ms`, the
+    fastest and slowest turn `low`, `high`, and `busy`: the share of the machine that other
+    processes had before the rounds, at worst.
+    """
+    turns: dict[str, list[float]] = {name: [] for name in runners}
+    busy = 0.0
+    for index in range(rounds):
+        busy = max(busy, busy_share(0.1))
+        order = list(runners) if index % 2 == 0 else list(reversed(runners))
+        for name in order:
+            run, arrays = runners[name], inputs[name]
+            _turn(run, arrays, seconds / 10, 1)
+            turns[name].append(_turn(run, arrays, seconds, 5))
+    return {
+        name: {"ms": median(found), "low": min(found), "high": max(found), "busy": busy}
+        for name, found in turns.items()
+    }
+
+
+def _turn(run: Runner, inputs: Sequence[np.ndarray], seconds: float, least: int) -> float:
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        run(inputs)
+        times.append(time.perf_counter() - start)
+    return 1e3 * median(times)
+
+
+def torch_pruning(
+    model: nn.Module, example: Tensor, ratio: float, importance: str, batches: Iterable[Any],
+    within: Callable[[nn.Module], list[nn.Module]],
+) -> nn.Module:  # fmt: skip
+    """Torch-Pruning at `ratio` fewer MACs, global, no training; returns the pruned copy.
+
+    `importance`: "l1", "l2", "taylor", "hessian", "fpgm", "bn_scale", "lamp". `within(copy)` gives
+    the layers it must leave alone. The channel ratio is found by bisection. Gradients for taylor
+    and hessian come from (inputs, labels) `batches`.
+    """
+    low, high, found = 0.0, 0.95, None
+    data = list(batches)
+    full = _torch_pruning_macs(model, example)
+    for _ in range(9):
+        middle = (low + high) / 2
+        pruned = _torch_pruned(model, example, middle, importance, data, within)
+        if full / _torch_pruning_macs(pruned, example) < ratio:
+            low = middle
+        else:
+            high, found = middle, pruned
+    if found is None:
+        raise ValueError(f"torch-pruning does not reach {ratio}x fewer MACs here")
+    return found
+
+
+def _torch_pruning_macs(model: nn.Module, example: Tensor) -> float:
+    import torch_pruning
+
+    return torch_pruning.utils.count_ops_and_params(model, example)[0]
+
+
+def _torch_pruned(
+    model: nn.Module, example: Tensor, channels: float, importance: str, data: list[Any],
+    within: Callable[[nn.Module], list[nn.Module]],
+) -> nn.Module:  # fmt: skip
+    import copy
+
+    import torch_pruning as tp
+
+    model = copy.deepcopy(model).eval()
+    scorer: Any = {
+        "l1": lambda: tp.importance.GroupMagnitudeImportance(p=1),
+        "l2": lambda: tp.importance.GroupMagnitudeImportance(p=2),
+        "taylor": tp.importance.GroupTaylorImportance,
+        "hessian": tp.importance.GroupHessianImportance,
+        "fpgm": tp.importance.FPGMImportance,
+        "bn_scale": tp.importance.BNScaleImportance,
+        "lamp": tp.importance.LAMPImportance,
+    }[importance]()
+    with quiet():
+        pruner = tp.pruner.BasePruner(
+            model, example, importance=scorer, global_pruning=True, pruning_ratio=channels,
+            max_pruning_ratio=0.95, ignored_layers=within(model),
+        )  # fmt: skip
+        if importance == "taylor":
+            for inputs, labels in data:
+                nn.functional.cross_entropy(model(inputs), labels).backward()
+        if importance == "hessian":
+            _hessian_gradients(model, scorer, data)
+        pruner.step()
+    model.zero_grad(set_to_none=True)
+    return model
+
+
+def _hessian_gradients(model: nn.Module, scorer: Any, data: list[Any]) -> None:
+    """Per-sample squared gradients, as Torch-Pruning's own examples gather them."""
+    scorer.zero_grad()
+    for inputs, labels in data:
+        for loss in nn.functional.cross_entropy(model(inputs), labels, reduction="none"):
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            scorer.accumulate_grad(model)
+
+
+def recalibrated(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:
+    """`model` with the running statistics of every batch norm taken anew over `batches`."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None  # the cumulative average
+    model.train()
+    with torch.no_grad():
+        for inputs in batches:
+            model(inputs)
+    return model.eval()
