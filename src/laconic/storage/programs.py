@@ -1,0 +1,226 @@
+"""A Program to a `.laconic` file and back."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laconic.core.errors import LaconicError, StorageError
+from laconic.program.program import DEQUANTIZE, Program
+from laconic.program.signature import Signature
+from laconic.storage import container, directory, graphs
+from laconic.storage.directory import Entry
+from laconic.storage.limits import DEFLATE_EXPANSION, Limits
+
+Json = Any
+_MALFORMED = (
+    KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RuntimeError,
+    RecursionError, SyntaxError, AssertionError,
+)  # fmt: skip
+_TOTAL_SLACK = 64 << 20
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """What a Program takes on disk, in bytes; exact.
+
+    Attributes:
+        tensors: name → bytes of its data.
+        header: everything that is not tensor data: prelude, graph and names, checksums.
+        total: the whole file.
+    """
+
+    tensors: Mapping[str, int]
+    header: int
+    total: int
+
+
+def save(
+    program: Program, path: str | os.PathLike[str], *, extra: Mapping[str, Json] | None = None
+) -> int:
+    """Write a Program as one file, whole or not at all.
+
+    Integer weights (a frozen Program) are entropy-coded; floats are kept bit for bit. What is
+    read back is in eval mode; gradients and the values of the example inputs are not stored.
+
+    Args:
+        program: left as it is.
+        path: an earlier file there is replaced once the new one is complete.
+        extra: plain JSON to keep with it; `read_header(path)["extra"]` gives it back.
+
+    Returns:
+        bytes on disk, the same as `predict(program, extra=extra).total`.
+
+    Raises:
+        StorageError: an operator that is not on the list, a tensor without plain bytes, or a
+            disk that is full; the earlier file is then untouched.
+    """
+    content, data = _compose(program, extra)
+    return container.write(Path(path), container.assemble(content, data))
+
+
+def predict(program: Program, *, extra: Mapping[str, Json] | None = None) -> SizeReport:
+    """The bytes that `save` would write, by doing everything but writing.
+
+    Raises:
+        StorageError: as `save`.
+    """
+    content, data = _compose(program, extra)
+    total = sum(len(part) for part in container.assemble(content, data))
+    sizes = {row[0]: len(part) for row, part in zip(content["tensors"], data, strict=True)}
+    return SizeReport(sizes, total - sum(sizes.values()), total)
+
+
+def read_header(path: str | os.PathLike[str], *, limits: Limits | None = None) -> dict[str, Json]:
+    """The header of a file as plain data, after its checksum; `docs/format.md` lists the fields.
+
+    Raises:
+        StorageError: not such a file, truncated, altered, or beyond a limit.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return container.read_prelude(file, limits or Limits())[0]
+    except LaconicError as error:
+        raise _at(path, error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def load(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Program:
+    """A Program from its file; runs nothing of it and needs none of the model's source code.
+
+    The example inputs are zeros of the stored shapes. Record classes come back as
+    `signature.Record`.
+
+    Raises:
+        StorageError: not such a file, of another version, truncated, altered, beyond a limit, or
+            with an operator that is not on the list.
+    """
+    limits = limits or Limits()
+    try:
+        with Path(path).open("rb") as file:
+            content, layout = container.read_prelude(file, limits)
+            entries = directory.read(content, layout.data, limits)
+            _check_total(entries, layout.total, limits)
+            container.verify(file, layout, [(e.name, e.size) for e in entries])
+            file.seek(layout.start)
+            tensors = {
+                entry.name: directory.decode(entry, file.read(entry.size)) for entry in entries
+            }
+        return _program(content, entries, tensors, limits)
+    except LaconicError as error:
+        raise _at(path, error) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except MemoryError as error:
+        raise StorageError("does not fit into memory", where=str(path)) from error
+    except _MALFORMED as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise StorageError(f"the header is malformed ({what})", where=str(path)) from error
+
+
+def _at(path: str | os.PathLike[str], error: LaconicError) -> StorageError:
+    place = f"{path}: {error.where}" if error.where else str(path)
+    return StorageError(error.message, where=place, hint=error.hint)
+
+
+def _unreadable(path: str | os.PathLike[str], error: OSError) -> StorageError:
+    return StorageError(f"cannot be read: {error.strerror or error}", where=str(path))
+
+
+def _check_total(entries: list[Entry], file_bytes: int, limits: Limits) -> None:
+    total = sum(entry.decoded for entry in entries)
+    if total > limits.decoded_bytes:
+        raise StorageError(
+            f"the tensors take {total} bytes, the limit is {limits.decoded_bytes}",
+            hint="pass larger limits if you trust the file",
+        )
+    if total > DEFLATE_EXPANSION * file_bytes + _TOTAL_SLACK:
+        raise StorageError(f"{file_bytes} bytes claim to hold {total}: a decompression bomb")
+
+
+def _compose(
+    program: Program, extra: Mapping[str, Json] | None
+) -> tuple[dict[str, Json], list[bytes]]:
+    """The header's content, and the data of each tensor."""
+    tensors = dict(program.tensors())
+    graph = graphs.to_json(program.graph, list(tensors))
+    roles = _roles(program)
+    rows: list[list[Json]] = []
+    data: list[bytes] = []
+    for name, tensor in tensors.items():
+        role, axis = roles.get(name, ("dense", 0))
+        row, coded = directory.encode(name, tensor, role, axis)
+        rows.append(row)
+        data.append(coded)
+    content = {
+        "laconic": _version(),
+        **graph,
+        "tensors": rows,
+        "inputs": [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in program.example],
+        "signature": program.signature.to_json(),
+        "dynamic": {name: dict(dims) for name, dims in program.dynamic.items()},
+        "aliases": dict(program.aliases),
+        "lost": list(program.lost),
+        "extra": dict(extra or {}),
+    }
+    return content, data
+
+
+def _version() -> str:
+    """Of the Laconic that writes; "unknown" where it runs without being installed."""
+    try:
+        return version("laconic")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _roles(program: Program) -> dict[str, tuple[str, int]]:
+    """What part of which form a tensor is, and the axis of its scales."""
+    roles: dict[str, tuple[str, int]] = {}
+    for node in program.graph.nodes:
+        if node.target is not DEQUANTIZE:
+            continue
+        axis = node.args[3] if len(node.args) > 3 else node.kwargs.get("axis")
+        for source, part in zip(node.args, ("codes", "scale", "zero_point"), strict=False):
+            if isinstance(source, torch.fx.Node) and source.op == "get_attr":
+                roles[str(source.target)] = (f"affine.{part}", axis if isinstance(axis, int) else 0)
+    return roles
+
+
+def _program(
+    content: Mapping[str, Json],
+    entries: list[Entry],
+    tensors: Mapping[str, Tensor],
+    limits: Limits,
+) -> Program:
+    graph = graphs.from_json(content, list(tensors))
+    held: dict[str, Tensor] = {}
+    for entry in entries:
+        tensor = tensors[entry.name]
+        if entry.kind != "b":
+            tensor = nn.Parameter(tensor, requires_grad=entry.kind == "p")
+        held[entry.name] = tensor
+    example = directory.inputs(content["inputs"], limits)
+    places = [node.name for node in graph.nodes if node.op == "placeholder"]
+    if len(places) != len(example):
+        raise StorageError(f"{len(places)} placeholders, {len(example)} inputs")
+    signature = Signature.from_json(content["signature"])
+    outputs = len(graph.output_node().args[0])  # type: ignore[arg-type]
+    directory.check_signature(signature, len(example), outputs)
+    program = Program(
+        graph,
+        held,
+        signature,
+        example,
+        dynamic=directory.dynamic(content["dynamic"], dict(zip(places, example, strict=True))),
+        aliases=directory.aliases(content["aliases"], held),
+        lost=[str(note) for note in content["lost"]],
+    )
+    program.recompile()
+    return program
