@@ -1,0 +1,124 @@
+"""Weights as integers and back: the two states of a form in a graph, equal bit for bit.
+
+Training, a quantised weight is a float master copy behind `laconic.fake_quantize`; frozen, it is
+the integer codes behind `laconic.dequantize`. The grid of a frozen weight stands in the node's
+`meta["grid"]` as `(qmin, qmax)`; where it is missing (an older file) the smallest signed grid that
+is symmetric and holds the codes is taken.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from laconic.forms import affine
+from laconic.forms.affine import Affine
+from laconic.forms.base import Form
+from laconic.forms.dense import Dense
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+
+
+def freeze(program: Program) -> Program:
+    """A Program whose fake-quantised weights are stored as integer codes; same outputs, bitwise.
+
+    A weight that is also read without its quantisation node, or through different grids, stays a
+    float master copy. Activations keep their fake quantisation.
+    """
+    made = program.clone()
+    for name, nodes in _quantised(made, FAKE_QUANTIZE).items():
+        first = nodes[0]
+        if any(node.args[1:] != first.args[1:] for node in nodes):
+            continue
+        held = _affine(made, first)
+        made.set_tensor(name, held.codes)
+        for node in nodes:
+            node.target = DEQUANTIZE
+            node.args = node.args[:4]
+            node.meta["grid"] = (held.qmin, held.qmax)
+            _retype(node, held.codes)
+    made.recompile()
+    return made
+
+
+def thaw(program: Program) -> Program:
+    """The inverse of `freeze`: float master copies again; same outputs, bitwise."""
+    made = program.clone()
+    for name, nodes in _quantised(made, DEQUANTIZE).items():
+        held = _affine(made, nodes[0])
+        made.set_tensor(name, nn.Parameter(held.decode()))
+        for node in nodes:
+            node.target = FAKE_QUANTIZE
+            node.args = (*node.args[:4], held.qmin, held.qmax)
+            _retype(node, held.scale)
+    made.recompile()
+    return made
+
+
+def is_frozen(program: Program) -> bool:
+    """Whether any weight is stored as integer codes."""
+    return any(node.target is DEQUANTIZE for node in program.graph.nodes)
+
+
+def form_of(program: Program, name: str) -> Form:
+    """How the tensor `name` is written down: affine codes if it stands behind such a node.
+
+    Raises:
+        SurgeryError: the program has no such tensor.
+    """
+    tensor = program.tensor(name)
+    name = program.aliases.get(name, name)
+    for kind in (FAKE_QUANTIZE, DEQUANTIZE):
+        nodes = _quantised(program, kind).get(name)
+        if nodes and all(node.args[1:] == nodes[0].args[1:] for node in nodes):
+            return _affine(program, nodes[0])
+    return Dense(tensor.detach())
+
+
+def _quantised(program: Program, kind: Any) -> dict[str, list[fx.Node]]:
+    """Stored tensor → its nodes of this kind; only tensors that nothing else reads."""
+    found: dict[str, list[fx.Node]] = {}
+    mixed: set[str] = set()
+    for node in program.graph.nodes:
+        if node.op != "get_attr":
+            continue
+        for user in node.users:
+            if user.target is kind and user.args[0] is node and _has_stored_grid(user):
+                found.setdefault(str(node.target), []).append(user)
+            else:
+                mixed.add(str(node.target))
+    return {name: nodes for name, nodes in found.items() if name not in mixed}
+
+
+def _has_stored_grid(node: fx.Node) -> bool:
+    return all(isinstance(side, fx.Node) and side.op == "get_attr" for side in node.args[1:3])
+
+
+def _affine(program: Program, node: fx.Node) -> Affine:
+    """The form that a quantisation node of a stored tensor stands for."""
+    sources: Any = node.args[:3]
+    tensor, scale, zero = (program.tensor(str(source.target)).detach() for source in sources)
+    axis: Any = node.args[3]
+    if node.target is FAKE_QUANTIZE:
+        qmin, qmax = _whole(node.args[4]), _whole(node.args[5])
+        tensor = affine.encode(tensor, scale, zero, axis, qmin, qmax)
+    else:
+        qmin, qmax = node.meta.get("grid") or _smallest_grid(tensor)
+    return Affine(tensor, scale, zero, axis, int(qmin), int(qmax))
+
+
+def _whole(value: Any) -> int:
+    return int(value)
+
+
+def _smallest_grid(codes: Tensor) -> tuple[int, int]:
+    low, high = (int(v) for v in torch.aminmax(codes)) if codes.numel() else (0, 0)
+    bits = 2
+    while not (1 - 2 ** (bits - 1) <= low and high < 2 ** (bits - 1)):
+        bits += 1
+    return 1 - 2 ** (bits - 1), 2 ** (bits - 1) - 1
+
+
+def _retype(node: fx.Node, tensor: Tensor) -> None:
+    source: Any = node.args[0]
+    if "dtype" in source.meta:
+        source.meta["dtype"] = tensor.dtype

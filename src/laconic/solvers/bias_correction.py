@@ -1,0 +1,127 @@
+"""Take the mean error that quantisation gives a layer's outputs back out, through its bias.
+
+* analytic: rounding moves the mean of output j by `sum_i (Ŵ - W)_ji E[x_i]`, so `b += (W - Ŵ) E[x]`,
+  with the channel means of the layer's float input (Nagel et al., "Data-Free Quantization Through
+  Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2);
+* empirical: layer by layer, the mean output of the quantised program, all earlier layers corrected
+  already, is brought to that of the float one. It also sees what activations lose by clipping.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from laconic.core.progress import Progress
+from laconic.program.program import Program
+from laconic.solvers.placement import base_name
+from laconic.statistics.moments import Moments
+from laconic.statistics.walk import Order, Walk
+
+
+def bias_axis(node: fx.Node) -> int:
+    """Channel axis of a layer's output: 1 of a convolution, the last of a linear layer."""
+    return 1 if base_name(node).startswith("conv") else -1
+
+
+def has_bias(node: fx.Node) -> bool:
+    """Whether the operator takes a bias as its argument 2."""
+    return base_name(node).startswith("conv") or base_name(node) == "linear"
+
+
+def mean_shift(node: fx.Node, difference: Tensor, mean: Tensor) -> Tensor:
+    """`difference @ mean` for a layer: what a weight change moves its mean outputs by, float64.
+
+    Args:
+        node: a convolution (transposed or not) or a linear layer.
+        difference: change of the weight, in its shape.
+        mean: `[channels]` of the layer's input. Padding is not counted: near the border of an image
+            the shift is smaller than this.
+    """
+    delta, mean = difference.double(), mean.double()
+    if not base_name(node).startswith("conv"):
+        return delta @ mean
+    groups = _groups(node)
+    taps = delta.flatten(2).sum(2)
+    if _is_transposed(node):  # [in, out / groups]
+        table = taps.reshape(groups, -1, taps.shape[1])
+        return torch.einsum("gio,gi->go", table, mean.reshape(groups, -1)).flatten()
+    table = taps.reshape(groups, -1, taps.shape[1])
+    return torch.einsum("goi,gi->go", table, mean.reshape(groups, -1)).flatten()
+
+
+def _is_transposed(node: fx.Node) -> bool:
+    return base_name(node).startswith("conv_transpose") or (
+        base_name(node) == "convolution" and bool(node.args[6])
+    )
+
+
+def _groups(node: fx.Node) -> int:
+    place = 8 if base_name(node) == "convolution" else 6
+    found: Any = node.args[place] if len(node.args) > place else 1
+    return int(found)
+
+
+def add_to_bias(program: Program, node: fx.Node, weight: str, change: Tensor) -> None:
+    """Add `change` `[channels]` to a layer's bias; the bias is made if there is none.
+
+    A bias that other nodes read as well is replaced by a copy of this layer's own.
+    """
+    held: Any = node.args[2] if len(node.args) > 2 else None
+    if held is None:
+        value = change.to(program.tensor(weight).dtype)
+    elif held.op != "get_attr":
+        return
+    else:
+        old = program.tensor(str(held.target)).detach()
+        value = (old.double() + change.to(old.device)).to(old.dtype)
+        if len(held.users) == 1 and str(held.target) not in program.aliases.values():
+            program.set_tensor(str(held.target), value)
+            return
+    path, _, _ = weight.rpartition(".")
+    bias = nn.Parameter(value.to(program.tensor(weight).device))
+    name = program.add_tensor(f"{path}.bias" if path else "bias", bias)
+    with program.graph.inserting_before(node):
+        made = program.graph.get_attr(name)
+    made.meta = {"origin": node.meta.get("origin", ""), "shape": tuple(value.shape),
+                 "dtype": value.dtype}  # fmt: skip
+    node.args = (*node.args[:2], made, *node.args[3:])
+
+
+@torch.no_grad()
+def correct_empirically(
+    program: Program,
+    layers: Sequence[tuple[fx.Node, str]],
+    wanted: dict[str, Tensor],
+    batches: Sequence[Sequence[Tensor]],
+    progress: Progress,
+) -> dict[str, float]:
+    """Bring every layer's mean output to the wanted one, front to back; the program is changed.
+
+    Args:
+        program: quantised.
+        layers: (node, weight name), biases of their own.
+        wanted: node name → float64 `[channels]`, the float program's mean outputs.
+        batches: flat inputs, all held at once.
+        progress: moved on by one a layer.
+
+    Returns:
+        node name → largest correction, relative to the spread of the layer's wanted means.
+    """
+    order = Order(program)
+    walks = [Walk(program, batch, order) for batch in batches]
+    found: dict[str, float] = {}
+    placed = sorted(layers, key=lambda layer: order.place[layer[0]])
+    for node, weight in progress.track(placed, "correcting biases", len(placed)):
+        seen = Moments(bias_axis(node))
+        for walk in walks:
+            walk.run(order.place[node])
+            fork = walk.fork()
+            fork.run(order.place[node] + 1, hold=[node])
+            seen.update(fork.values[node])
+        change = wanted[node.name] - seen.mean
+        add_to_bias(program, node, weight, change)
+        spread = float(wanted[node.name].std()) if change.numel() > 1 else 0.0
+        found[node.name] = float(change.abs().max()) / max(spread, 1e-12)
+    return found

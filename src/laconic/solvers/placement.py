@@ -1,0 +1,399 @@
+"""Where quantisation nodes go: the inputs of integer operators, and nowhere else.
+
+A runtime runs a convolution or a matrix product in integers when its activation and its weight come
+straight out of quantisation nodes; whatever follows (bias, activation function, residual addition)
+is fused into it and must not have a node of its own. So nodes are placed from the consumers:
+
+1. *ports* are the activation inputs of convolutions and matrix products, queries and keys of an
+   attention (not its probabilities and values), and both inputs of a residual addition, a gate or a
+   pooling whose result goes on to another port, as in a convolutional network (in a transformer it
+   goes to a layer norm, which is float);
+2. from a port the node moves up through operators that only move values (views, padding with
+   zeros, max pooling, concatenation), as long as everything that reads them is a port as well, to
+   the tensor's source, where one node serves all ports;
+3. tensors that meet in a concatenation share one grid, so that it needs no arithmetic.
+
+Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+Inference" (arXiv 1712.05877), appendix; measured with OpenVINO: a node behind every operator is
+many times slower than these.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+
+# operator name → positions of (activation, weight) and the weight's output axis
+_MATRIX: dict[str, tuple[int, int, int]] = {
+    "conv1d": (0, 1, 0),
+    "conv2d": (0, 1, 0),
+    "conv3d": (0, 1, 0),
+    "convolution": (0, 1, 0),
+    "conv_transpose1d": (0, 1, 1),
+    "conv_transpose2d": (0, 1, 1),
+    "conv_transpose3d": (0, 1, 1),
+    "linear": (0, 1, 0),
+    "addmm": (1, 2, -1),
+    "mm": (0, 1, -1),
+    "matmul": (0, 1, -1),
+}
+_PRODUCTS = {"matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
+_ATTENTION = {"scaled_dot_product_attention": (0, 1)}
+_TURNS = {"t", "transpose", "permute"}
+_MOVES = {
+    "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "slice",
+    "select", "squeeze", "unsqueeze", "max_pool1d", "max_pool2d", "max_pool3d", "clone",
+    "contiguous", "dropout", "split", "split_with_sizes", "chunk", "unbind", "getitem", "roll",
+    "flip", "pixel_shuffle", "pixel_unshuffle", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "constant_pad_nd", "pad", "repeat", "narrow", "alias", "_unsafe_view",
+    "adaptive_max_pool2d",
+}  # fmt: skip
+_JOINS = {"cat", "concat", "stack"}
+_FUSED = {
+    "relu", "relu6", "hardtanh", "clamp", "clamp_min", "silu", "gelu", "sigmoid", "hardswish",
+    "hardsigmoid", "leaky_relu", "prelu", "elu", "tanh", "mish", "batch_norm",
+}  # fmt: skip
+_POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean"}
+_MEETINGS = {"add", "mul"}
+
+
+@dataclass(frozen=True)
+class WeightSite:
+    """A stored tensor that matrix operators or look-ups multiply by.
+
+    Attributes:
+        name: of the tensor, canonical.
+        holders: the `get_attr` nodes that read it.
+        operators: the operators that use it.
+        axis: its output axis: one scale for each of its indices.
+        lookup: only embeddings use it, so there is no activation to quantise.
+    """
+
+    name: str
+    holders: tuple[fx.Node, ...]
+    operators: tuple[fx.Node, ...]
+    axis: int
+    lookup: bool
+
+
+@dataclass
+class Place:
+    """A tensor of the graph that gets one quantisation node.
+
+    Attributes:
+        source: the node that makes it.
+        users: the nodes that read the quantised value; others keep the float one.
+        kinds: of the ports it serves: "matrix", "product", "meeting", "pool".
+        group: places of one group share a grid.
+        sites: names of the sites it belongs to.
+    """
+
+    source: fx.Node
+    users: list[fx.Node] = field(default_factory=list[fx.Node])
+    kinds: set[str] = field(default_factory=set[str])
+    group: int = 0
+    sites: set[str] = field(default_factory=set[str])
+
+    @property
+    def name(self) -> str:
+        """Name of the source node: the tensors are `activations.<name>_scale`, `_zero_point`."""
+        return self.source.name
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input of an operator that should be integers."""
+
+    node: fx.Node
+    source: fx.Node
+    kind: str
+    site: str
+
+
+def base_name(node: fx.Node) -> str:
+    """`conv2d` for a node that calls `aten.conv2d.default`; "" for anything but a call."""
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return str(getattr(target, "__name__", ""))
+
+
+# weights ----------------------------------------------------------------------------------
+
+
+def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
+    """All weights that could be quantised, in graph order; and a note for each that cannot."""
+    held: dict[str, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and program.tensor(str(node.target)).is_floating_point():
+            held.setdefault(str(node.target), []).append(node)
+    found: list[WeightSite] = []
+    notes: list[str] = []
+    for name, holders in held.items():
+        uses = [
+            use for holder in holders for use in _weight_uses(holder, program.tensor(name).ndim)
+        ]
+        if not any(use is not None for use in uses):
+            continue
+        known = [use for use in uses if use is not None]
+        axes = {axis for _, axis in known}
+        if len(known) < len(uses) or len(axes) > 1:
+            notes.append(f"{name}: stays float, because operators of different kinds share it")
+            continue
+        operators = tuple(dict.fromkeys(operator for operator, _ in known))
+        lookup = all(base_name(operator) == "embedding" for operator in operators)
+        found.append(WeightSite(name, tuple(holders), operators, axes.pop(), lookup))
+    return found, notes
+
+
+def _weight_uses(node: fx.Node, rank: int) -> list[tuple[fx.Node, int] | None]:
+    """(operator, output axis of the stored tensor) of every use; None for an unknown one."""
+    return _turned_uses(node, tuple(range(rank)))
+
+
+def _turned_uses(node: fx.Node, order: tuple[int, ...]) -> list[tuple[fx.Node, int] | None]:
+    """`order[i]` is the stored dimension that stands at place `i` here."""
+    found: list[tuple[fx.Node, int] | None] = []
+    for user in node.users:
+        name = base_name(user)
+        if name in _TURNS:
+            found += _turned_uses(user, _turn(user, order))
+        elif name == "embedding" and user.args[0] is node:
+            found.append((user, order[0]))
+        elif name in _MATRIX and _is_weight(user, node) and len(order) >= 2:
+            found.append((user, order[_out_axis(user)]))
+        else:
+            found.append(None)
+    return found
+
+
+def _turn(node: fx.Node, order: tuple[int, ...]) -> tuple[int, ...]:
+    args: Any = node.args
+    name = base_name(node)
+    if name == "permute":
+        return tuple(order[i] for i in args[1])
+    one, other = (args[1], args[2]) if name == "transpose" else (0, len(order) - 1)
+    turned = list(order)
+    turned[one], turned[other] = turned[other], turned[one]
+    return tuple(turned)
+
+
+def _is_weight(user: fx.Node, node: fx.Node) -> bool:
+    activation, weight, _ = _MATRIX[base_name(user)]
+    return user.args[weight] is node and user.args[activation] is not node
+
+
+def _out_axis(node: fx.Node) -> int:
+    transposed = base_name(node) == "convolution" and bool(node.args[6])
+    return 1 if transposed else _MATRIX[base_name(node)][2]
+
+
+# activations ------------------------------------------------------------------------------
+
+
+def places(program: Program, sites: Sequence[WeightSite], operators: Iterable[str]) -> list[Place]:
+    """The tensors to quantise so that `sites` and the named `operators` compute in integers.
+
+    Args:
+        program: its shapes are propagated.
+        sites: the chosen weights.
+        operators: names (see `operator_sites`) of the chosen operators without weights.
+    """
+    ports = _matrix_ports(sites)
+    chosen = set(operators)
+    ports += [p for p in _product_ports(program) if p.site in chosen]
+    ports += [p for p in _stream_ports(program, ports) if p.site in chosen]
+    return _place(program, ports)
+
+
+def operator_sites(program: Program, sites: Sequence[WeightSite]) -> list[str]:
+    """Names of the operators without weights that have ports: module path, then node name."""
+    matrix = _matrix_ports(sites)
+    products = _product_ports(program)
+    ports = products + _stream_ports(program, matrix + products)
+    return list(dict.fromkeys(port.site for port in ports))
+
+
+def _site_name(node: fx.Node) -> str:
+    origin = str(node.meta.get("origin") or "")
+    return f"{origin}.{node.name}" if origin else node.name
+
+
+def _matrix_ports(sites: Sequence[WeightSite]) -> list[Port]:
+    found: list[Port] = []
+    for site in sites:
+        for node in site.operators:
+            if base_name(node) != "embedding":
+                source = node.args[_MATRIX[base_name(node)][0]]
+                if isinstance(source, fx.Node):
+                    found.append(Port(node, source, "matrix", site.name))
+    return found
+
+
+def _product_ports(program: Program) -> list[Port]:
+    """Inputs of products of two activations, except where one is a softmax."""
+    found: list[Port] = []
+    for node in program.graph.nodes:
+        positions = {**_PRODUCTS, **_ATTENTION}.get(base_name(node))
+        if positions is None:
+            continue
+        sources = [node.args[i] for i in positions]
+        stored = any(_root(s).op == "get_attr" for s in sources)
+        if not stored and not any(base_name(_root(s)) in ("softmax", "_softmax") for s in sources):
+            found += [Port(node, source, "product", _site_name(node)) for source in sources]
+    return found
+
+
+def _root(node: fx.Node) -> fx.Node:
+    """Up through operators that only move values."""
+    while base_name(node) in _MOVES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _stream_ports(program: Program, ports: Sequence[Port]) -> list[Port]:
+    """Ports of additions, gates and pools that lie between integer operators."""
+    found: list[Port] = []
+    wanted = {(port.node, port.source) for port in ports}
+    for node in reversed(list(program.graph.nodes)):
+        name = base_name(node)
+        if name not in _MEETINGS and name not in _POOLS:
+            continue
+        sources = [a for a in node.args[: 2 if name in _MEETINGS else 1] if isinstance(a, fx.Node)]
+        if name in _MEETINGS and not _is_meeting(node, sources):
+            continue
+        if not _reaches(node, wanted) or not any(_from_convolution(s) for s in sources):
+            continue
+        kind = "meeting" if name in _MEETINGS else "pool"
+        found += [Port(node, source, kind, _site_name(node)) for source in sources]
+        wanted |= {(node, source) for source in sources}
+    return found
+
+
+def _is_meeting(node: fx.Node, sources: Sequence[fx.Node]) -> bool:
+    """Whether two feature maps meet: not a constant, not a scalar, no other multiple of one."""
+    if len(sources) != 2 or node.kwargs.get("alpha", 1) != 1:
+        return False
+    shapes = [source.meta.get("shape") for source in sources]
+    maps = all(isinstance(shape, tuple) and len(shape) >= 3 for shape in shapes)
+    same = shapes[0] == shapes[1] or base_name(node) == "mul"
+    return maps and same and all(_root(source).op != "get_attr" for source in sources)
+
+
+def _reaches(node: fx.Node, wanted: set[tuple[fx.Node, fx.Node]]) -> bool:
+    """Whether the result goes on to a port, through operators that can stay in integers."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        for user in here.users:
+            if (user, here) in wanted:
+                return True
+            name = base_name(user)
+            if user not in seen and name in _MOVES | _JOINS | _FUSED | _POOLS:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _from_convolution(node: fx.Node) -> bool:
+    """Whether a convolution makes it, at most through operators that can stay in integers."""
+    seen: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        name = base_name(here)
+        if name.startswith("conv"):
+            return True
+        if name in _MOVES | _JOINS | _FUSED | _POOLS | _MEETINGS:
+            above = [source for source in here.all_input_nodes if source not in seen]
+            seen.update(above)
+            stack += above
+    return False
+
+
+# from ports to places ---------------------------------------------------------------------
+
+
+def _place(program: Program, ports: Sequence[Port]) -> list[Place]:
+    wanted: dict[tuple[fx.Node, fx.Node], Port] = {(p.node, p.source): p for p in ports}
+    made: dict[fx.Node, Place] = {}
+    joined: list[list[fx.Node]] = []
+    carries = _Carries(wanted)
+    for port in ports:
+        for source, user in _sources(port.source, port.node, carries, joined):
+            if _is_quantised(source):
+                continue
+            place = made.setdefault(source, Place(source))
+            place.kinds.add(port.kind)
+            place.sites.add(port.site)
+            if user not in place.users:
+                place.users.append(user)
+    _group(made, joined)
+    order = {node: i for i, node in enumerate(program.graph.nodes)}
+    return sorted(made.values(), key=lambda place: order[place.source])
+
+
+class _Carries:
+    """Whether everything that reads a moving operator's result is, in the end, a port."""
+
+    def __init__(self, wanted: dict[tuple[fx.Node, fx.Node], Port]) -> None:
+        self.wanted = wanted
+        self._known: dict[fx.Node, bool] = {}
+
+    def __call__(self, node: fx.Node) -> bool:
+        name = base_name(node)
+        if name not in _MOVES | _JOINS or not _keeps_zero(node):
+            return False
+        if node not in self._known:
+            self._known[node] = bool(node.users) and all(
+                (user, node) in self.wanted or self(user) for user in node.users
+            )
+        return self._known[node]
+
+
+def _keeps_zero(node: fx.Node) -> bool:
+    """Padding moves values only where it pads with zeros or with values that are there."""
+    name = base_name(node)
+    if name == "constant_pad_nd":
+        return not any(node.args[2:3])
+    return name != "pad" or not any(node.args[3:4])
+
+
+def _sources(
+    node: fx.Node, user: fx.Node, carries: _Carries, joined: list[list[fx.Node]]
+) -> list[tuple[fx.Node, fx.Node]]:
+    """(node to quantise, its reader) for every tensor that comes in at a port."""
+    if not carries(node):
+        return [(node, user)]
+    if base_name(node) in _JOINS:
+        parts: Any = node.args[0]
+        found = [pair for part in parts for pair in _sources(part, node, carries, joined)]
+        joined.append([source for source, _ in found])
+        return found
+    above = node.args[0]
+    if not isinstance(above, fx.Node):
+        return [(node, user)]
+    return _sources(above, node, carries, joined)
+
+
+def _is_quantised(node: fx.Node) -> bool:
+    return _root(node).target in (FAKE_QUANTIZE, DEQUANTIZE)
+
+
+def _group(made: dict[fx.Node, Place], joined: Sequence[Sequence[fx.Node]]) -> None:
+    """Number the groups: places that meet in a concatenation have the same number."""
+    for number, place in enumerate(made.values()):
+        place.group = number
+    for sources in joined:
+        members = [made[source] for source in sources if source in made]
+        numbers = {place.group for place in members}
+        for place in made.values():
+            if place.group in numbers:
+                place.group = min(numbers)
