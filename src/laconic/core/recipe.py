@@ -1,5 +1,6 @@
 """An ordered list of methods with the sites each applies to: Python or YAML, the same thing."""
 
+import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 
 from laconic.core.errors import RecipeError
+from laconic.core.suggest import nearest
 
 
 class Step(BaseModel):
@@ -30,7 +32,12 @@ class Step(BaseModel):
         rest = dict(data)
         method = rest.pop("method", None)
         if not isinstance(method, str):
-            raise RecipeError("a step needs the key 'method'", where=where)
+            close = difflib.get_close_matches("method", [str(key) for key in rest], n=1)
+            raise RecipeError(
+                f"found the keys {sorted(map(str, rest))}, expected 'method'",
+                where=where,
+                hint=f"write 'method' instead of {close[0]!r}" if close else "name the method",
+            )
         sites = rest.pop("sites", "*")
         return cls(
             method=method, sites=sites if isinstance(sites, str) else tuple(sites), options=rest
@@ -43,12 +50,17 @@ class Step(BaseModel):
 
 
 class Recipe(BaseModel):
-    """An ordered list of steps."""
+    """An ordered list of steps.
+
+    `resolved` marks the recipe saved with a result: its steps hold what measurements had decided,
+    so a replay measures nothing to decide and undoes nothing.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: tuple[Step, ...] = ()
     name: str = "recipe"
+    resolved: bool = False
 
     def __iter__(self) -> Iterator[Step]:  # type: ignore[override]
         return iter(self.steps)
@@ -78,7 +90,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, path: str | Path) -> "Recipe":
-        """A recipe from a YAML file: a list of steps, or a mapping with `name` and `steps`.
+        """A recipe from a YAML file: a list of steps, or a mapping with `steps` and `name`.
 
         Raises:
             RecipeError: not readable, not YAML, or not a list of steps.
@@ -89,20 +101,24 @@ class Recipe(BaseModel):
             raise RecipeError(f"cannot be read: {error.strerror}", where=str(path)) from error
         except yaml.YAMLError as error:
             raise RecipeError(f"is not YAML: {error}", where=str(path)) from error
-        name = Path(path).stem
+        name, resolved = Path(path).stem, False
         if isinstance(data, Mapping):
-            unknown = set(data) - {"name", "steps"}
-            if unknown:
-                raise RecipeError(
-                    f"unknown key {min(map(str, unknown))!r}; a recipe has 'name' and 'steps'",
-                    where=str(path),
-                )
-            name, data = data.get("name", name), data.get("steps")
+            known = ("name", "steps", "resolved")
+            for key in map(str, data):
+                if key not in known:
+                    raise RecipeError(
+                        f"unknown key {key!r}", where=str(path), hint=nearest(key, known)
+                    )
+            name, resolved = str(data.get("name", name)), bool(data.get("resolved", False))
+            data = data.get("steps")
         if not isinstance(data, list):
-            raise RecipeError("expected a list of steps", where=str(path))
-        return cls.of(data, name)
+            raise RecipeError(
+                f"found {type(data).__name__}, expected a list of steps", where=str(path)
+            )
+        return cls.of(data, name).model_copy(update={"resolved": resolved})
 
     def to_yaml(self) -> str:
         """The text that `read` reads."""
-        plain = {"name": self.name, "steps": [step.to_plain() for step in self.steps]}
-        return yaml.safe_dump(plain, sort_keys=False, width=100)
+        plain: dict[str, Any] = {"name": self.name, "resolved": self.resolved}
+        plain["steps"] = [step.to_plain() for step in self.steps]
+        return yaml.safe_dump(plain, sort_keys=False, width=100, default_flow_style=None)

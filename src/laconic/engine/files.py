@@ -1,0 +1,75 @@
+"""The files of a result, written all or none."""
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Generator
+from pathlib import Path
+
+from laconic import runtimes, storage
+from laconic.core.errors import ExportError, StorageError
+from laconic.program.program import Program
+from laconic.runtimes.base import Precision, Runtime, quantized
+
+NAME = "model"
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Generator[Path]:
+    """A folder beside the final files; what is in it moves to `folder` when the block ends well.
+
+    Files are moved one by one, each in one stroke; nothing is moved unless all were written.
+
+    Raises:
+        StorageError: the disk is full or not writable; the earlier files are untouched.
+    """
+    stage = folder / f".saving-{secrets.token_hex(4)}"
+    try:
+        stage.mkdir(parents=True)
+        yield stage
+        for path in sorted(stage.iterdir()):
+            path.replace(folder / path.name)
+    except OSError as error:
+        raise StorageError(
+            f"could not be written: {error.strerror or error}; what was saved there earlier is "
+            "untouched",
+            where=str(folder),
+            hint="free some space or choose another folder",
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def precisions(program: Program, engine: Runtime) -> list[Precision]:
+    """What a Program can be run at: integers where it is quantised, otherwise every float kind."""
+    wanted: tuple[Precision, ...] = ("int8",) if quantized(program) else ("fp32", "bf16")
+    return [kind for kind in wanted if not engine.check(program, kind)]
+
+
+def write_models(program: Program, stage: Path, deploy: tuple[str, Precision] | None) -> list[str]:
+    """Write `model.laconic`, `model.onnx`, an OpenVINO model, and the deployed runtime's file.
+
+    Returns:
+        what could not be written and why, one sentence each.
+
+    Raises:
+        StorageError: the disk is full.
+    """
+    storage.save(program, stage / f"{NAME}.laconic")
+    refused: list[str] = []
+    chosen = deploy[0] if deploy else ""
+    for name in dict.fromkeys(("onnxruntime", "openvino", chosen)):
+        if not name:
+            continue
+        engine = runtimes.get(name)
+        able: list[Precision] = (
+            [deploy[1]] if deploy and name == chosen else precisions(program, engine)
+        )
+        kind = able[0] if able else "fp32"
+        try:
+            engine.write(program, stage / f"{NAME}{engine.suffix}", kind)
+        except ExportError as error:
+            if shutil.disk_usage(stage).free < 1 << 16 or isinstance(error.__cause__, OSError):
+                raise StorageError(error.message, where=error.where, hint=error.hint) from error
+            refused.append(f"no {NAME}{engine.suffix}: {error}")
+    return refused

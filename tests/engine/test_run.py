@@ -1,0 +1,131 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from laconic.core.errors import RecipeError, SurgeryError
+from laconic.core.recipe import Recipe
+from laconic.engine.run import Bench, run
+from laconic.engine.store import Store, fingerprint
+from laconic.methods.base import Context
+
+from .conftest import Halve, Scale  # isort: skip
+
+
+def bench(task, program, folder=None, **more):
+    return Bench(context=Context(task=task, original=program), store=Store(folder), **more)
+
+
+RECIPE = Recipe.of([{"method": "scale", "factor": 3.0}, {"method": "halve"}])
+
+
+def test_steps_run_in_order_and_leave_the_input_alone(fakes, program, task):
+    before = fingerprint(program)
+    done = run(program, RECIPE, bench(task, program))
+    assert fakes == [("scale", 3.0), ("halve", 0.0)]
+    assert fingerprint(program) == before
+    expected = program.tensor("2.weight")[:, ::2] * 3
+    assert torch.equal(done.program.tensor("2.weight"), expected)
+    assert [record.method for record in done.steps] == ["scale", "halve"]
+    assert done.steps[0].after == done.steps[1].before
+    assert done.steps[1].after["macs"] == done.steps[1].before["macs"] / 2
+    assert done.steps[1].figures == {"kept": 4}
+
+
+def test_changes_of_two_cuts_name_positions_of_the_original(fakes, program, task):
+    done = run(program, Recipe.of([{"method": "halve"}] * 2), bench(task, program))
+    assert done.changes["0.weight"][0].tolist() == [0, 4]
+    assert done.changes["2.weight"][1].tolist() == [0, 4]
+    kept = done.changes["0.weight"][0]
+    assert torch.equal(done.program.tensor("0.weight"), program.tensor("0.weight")[kept])
+
+
+def test_resumed_is_uninterrupted(fakes, program, task, tmp_path: Path):
+    whole = run(program, RECIPE, bench(task, program))
+
+    class Stop(KeyboardInterrupt):
+        pass
+
+    def stops(before, after):
+        if len(fakes) == 2:
+            raise Stop
+        return ""
+
+    fakes.clear()
+    with pytest.raises(Stop):
+        run(program, RECIPE, bench(task, program, tmp_path, judge=stops))
+    fakes.clear()
+    stops_no_more = bench(task, program, tmp_path, judge=stops)
+    resumed = run(program, RECIPE, stops_no_more)
+    assert fakes == [("halve", 0.0)]  # the finished step came from the folder
+    assert fingerprint(resumed.program) == fingerprint(whole.program)
+    assert resumed.recipe == whole.recipe
+    again = run(program, RECIPE, stops_no_more)
+    assert fakes == [("halve", 0.0)]
+    assert again.changes["0.weight"][0].tolist() == whole.changes["0.weight"][0].tolist()
+    assert torch.equal(again.program.example[0], program.example[0])
+
+
+def test_a_checkpoint_cut_short_is_made_again(fakes, program, task, tmp_path: Path):
+    done = run(program, RECIPE, bench(task, program, tmp_path))
+    for path in tmp_path.glob("*.laconic"):
+        path.write_bytes(path.read_bytes()[:-7])
+    fakes.clear()
+    again = run(program, RECIPE, bench(task, program, tmp_path))
+    assert len(fakes) == 2
+    assert fingerprint(again.program) == fingerprint(done.program)
+
+
+def test_candidates_share_their_first_steps(fakes, program, task):
+    shared = bench(task, program)
+    run(program, Recipe.of([{"method": "scale"}]), shared)
+    run(program, Recipe.of([{"method": "scale"}, {"method": "halve"}]), shared)
+    assert fakes == [("scale", 2.0), ("halve", 0.0)]
+
+
+def test_other_seeds_share_nothing(fakes, program, task, tmp_path):
+    first = bench(task, program, tmp_path)
+    run(program, RECIPE, first)
+    run(program, RECIPE, replace(first, context=replace(first.context, seed=1)))
+    assert len(fakes) == 4
+
+
+def test_a_step_that_does_not_pay_is_undone(fakes, program, task):
+    def judge(before, after):
+        return "not faster" if after.tensor("0.weight").shape[0] < 8 else ""
+
+    done = run(program, RECIPE, bench(task, program, judge=judge))
+    assert [record.kept for record in done.steps] == [True, False]
+    assert done.steps[1].reason == "not faster"
+    assert [step.method for step in done.recipe] == ["scale"]
+    assert done.changes == {}
+    assert done.program.tensor("0.weight").shape == (8, 4)
+
+
+def test_replaying_the_resolved_recipe_is_bit_exact(fakes, program, task, tmp_path):
+    done = run(program, RECIPE, bench(task, program))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(done.recipe.to_yaml())
+    replayed = run(program, Recipe.read(path), bench(task, program))
+    assert Recipe.read(path).resolved
+    assert fingerprint(replayed.program) == fingerprint(done.program)
+
+
+def test_an_error_names_the_step_and_keeps_what_was_finished(
+    fakes, program, task, tmp_path, monkeypatch
+):
+    def fails(self, program, sites, context):
+        raise SurgeryError("no such group", where="x")
+
+    monkeypatch.setattr(Halve, "apply", fails)
+    with pytest.raises(SurgeryError, match=r"x: no such group\s+in step 2 \(halve\)"):
+        run(program, RECIPE, bench(task, program, tmp_path))
+    assert len(list(tmp_path.glob("*.laconic"))) == 1
+
+
+def test_options_are_checked_before_anything_runs(program, task):
+    recipe = Recipe.of([{"method": "prune.chanels"}])
+    with pytest.raises(RecipeError, match="step 1: no method named 'prune.chanels'"):
+        run(program, recipe, bench(task, program))
+    assert Scale().factor == 2.0
