@@ -58,6 +58,7 @@ class Program(nn.Module):
         """Wrap a graph and its tensors; parameters are those that are `nn.Parameter`."""
         super().__init__()
         self.graph = graph
+        graph.owning_module = None  # a Program owns the tensors, not the module that was exported
         self.signature = signature
         self.example = tuple(example)
         self.dynamic = {name: dict(dims) for name, dims in (dynamic or {}).items()}
@@ -112,6 +113,8 @@ class Program(nn.Module):
         changed = False
         for node in self.graph.nodes:
             position = _TRAINING_ARGUMENT.get(node.target) if node.op == "call_function" else None
+            if position == 5 and node.args[3] is None:
+                continue  # a norm without running statistics: the same in both modes
             if position is not None and node.args[position] != training:
                 node.update_arg(position, training)
                 changed = True
