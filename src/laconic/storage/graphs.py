@@ -65,6 +65,11 @@ def to_json(graph: fx.Graph, tensors: Sequence[str]) -> dict[str, Json]:
         "output": [_argument(item, len(rows), index) for item in _outputs(nodes[-1])],
         "origins": origins,
         "origin": deltas,
+        "grids": [
+            [here, *(int(bound) for bound in node.meta["grid"])]
+            for here, node in enumerate(nodes)
+            if "grid" in node.meta
+        ],
     }
 
 
@@ -196,6 +201,9 @@ def from_json(data: Mapping[str, Json], tensors: Sequence[str]) -> fx.Graph:
         node.meta["origin"] = _text(path, "origin")
         made.append(node)
     graph.output(tuple(_value(item, made) for item in data["output"]))
+    for here, low, high in data["grids"]:
+        bounds = _integer(low, "grid"), _integer(high, "grid")
+        made[_within(here, len(made), "node of a grid")].meta["grid"] = bounds
     return graph
 
 
@@ -226,7 +234,8 @@ def _value(item: Json, made: Sequence[fx.Node]) -> Any:
 
 def _identifier(name: Json) -> str:
     text = _text(name, "name")
-    if not _IDENTIFIER.match(text) or keyword.iskeyword(text) or len(text) > 500:
+    word = _IDENTIFIER.match(text) and not keyword.iskeyword(text) and text != "self"
+    if not word or len(text) > 500:
         raise StorageError(f"{text[:80]!r} is not a name for a node or argument")
     return text
 
