@@ -1,0 +1,148 @@
+"""From a Program to the graph that exporters take: eval mode, weights as codes, exported anew."""
+
+import logging
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import Dim, ExportedProgram
+
+from laconic.core.errors import ExportError
+from laconic.forms import affine
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+
+
+def lower_weights(program: Program) -> fx.GraphModule:
+    """A flat eval-mode graph ready for a runtime.
+
+    Every fake-quantised *weight* becomes codes and `dequantize`; codes and zero points of every
+    quantisation node get the 8-bit type their range asks for.
+    """
+    module = program.clone().as_graph_module()
+    for node in list(module.graph.nodes):
+        sources: Any = node.args[:3]
+        stored = all(is_tensor(source) for source in sources)
+        if node.target is FAKE_QUANTIZE and stored:
+            node = _store(module, node)
+            sources = node.args[:3]
+        if node.target is FAKE_QUANTIZE:
+            _retype(module, node, 2, code_type(*node.args[4:6]))
+        elif node.target is DEQUANTIZE and stored:
+            values = [fetch(module, sources[i].target) for i in (0, 2)]
+            ends = [int(end) for tensor in values if tensor.numel() for end in tensor.aminmax()]
+            kind = code_type(min(ends, default=0), max(ends, default=0))
+            _retype(module, node, 0, kind)
+            _retype(module, node, 2, kind)
+    module.graph.eliminate_dead_code()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return module
+
+
+def _store(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Replace the fake quantisation of a weight by stored codes and `dequantize`."""
+    sources: Any = node.args[:3]
+    weight, scale, zero_point = (fetch(module, source.target) for source in sources)
+    rest: Any = node.args[3:]
+    with torch.no_grad():
+        codes = affine.encode(weight, scale, zero_point, *rest)
+    with module.graph.inserting_before(node):
+        stored = attribute(module, f"{sources[0].target}_codes", codes)
+        made = module.graph.call_function(DEQUANTIZE, (stored, *sources[1:], rest[0]))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    module.graph.erase_node(node)
+    return made
+
+
+def code_type(low: Any, high: Any) -> torch.dtype:
+    """The 8-bit type that holds the range [low, high]; int32 where none does."""
+    if low >= -128 and high <= 127:
+        return torch.int8
+    return torch.uint8 if low >= 0 and high <= 255 else torch.int32
+
+
+def _retype(module: fx.GraphModule, node: fx.Node, position: int, dtype: torch.dtype) -> None:
+    source: Any = node.args[position]
+    tensor = fetch(module, source.target)
+    if tensor.dtype != dtype:
+        with module.graph.inserting_before(node):
+            name = f"{source.target}_{str(dtype).removeprefix('torch.')}"
+            node.update_arg(position, attribute(module, name, tensor.detach().to(dtype)))
+
+
+def attribute(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    flat = name.replace(".", "_")
+    while flat in dict(module.named_buffers(recurse=False)):
+        flat += "_"
+    module.register_buffer(flat, tensor)
+    return module.graph.get_attr(flat)
+
+
+def export(
+    module: fx.GraphModule,
+    program: Program,
+    shapes: Sequence[tuple[int, ...]] | None = None,
+) -> ExportedProgram:
+    """`torch.export` of a flat graph, with the Program's dynamic dimensions or of fixed `shapes`.
+
+    Raises:
+        ExportError: torch refuses; its first line is passed on.
+    """
+    example = tuple(program.example)
+    dims: dict[str, Any] = {}
+    dynamic: Any = None
+    if shapes is not None:
+        example = tuple(_resized(t, shape) for t, shape in zip(example, shapes, strict=True))
+    elif any(program.dynamic.values()):
+        dynamic = {
+            node.name: {
+                dim: dims.setdefault(name, Dim(name, min=1))
+                for dim, name in program.dynamic.get(node.name, {}).items()
+            }
+            for node in program.placeholders
+        }
+    try:
+        with torch.no_grad(), quiet():
+            return torch.export.export(module, example, dynamic_shapes=dynamic)
+    except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
+        lines = str(error).strip().splitlines() or [repr(error)]
+        raise ExportError(
+            f"torch.export refuses the program: {lines[0]}", where="export"
+        ) from error
+
+
+def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """`tensor` repeated or cut to `shape`."""
+    for dim, size in enumerate(shape):
+        tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
+    return tensor
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
+
+
+def fetch(module: torch.nn.Module, name: Any) -> Tensor:
+    *path, leaf = str(name).split(".")
+    return getattr(module.get_submodule(".".join(path)), leaf)
+
+
+@contextmanager
+def quiet() -> Generator[None]:
+    """No warnings and no log lines of torch's exporter (a missing torchvision, renamed classes)."""
+    names = ("torch.onnx", "torch.onnx._internal.exporter._registration", "onnxscript", "onnx_ir")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

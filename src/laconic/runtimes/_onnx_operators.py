@@ -1,0 +1,138 @@
+"""ONNX for operators that torch's own table lacks, and for Laconic's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from laconic.core.errors import ExportError
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE
+from laconic.runtimes._export import code_type
+
+_IR = Any  # values of onnx_ir: loose stubs
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """Operators that torch's table lacks although ONNX has them, and Laconic's own."""
+    aten = torch.ops.aten
+    return {
+        FAKE_QUANTIZE: _fake_quantize,
+        DEQUANTIZE: _dequantize,
+        aten.batch_norm.default: _batch_norm,
+        aten.adaptive_avg_pool2d.default: _adaptive_average,
+        aten.to.dtype: _to_dtype,
+        aten.conv_transpose1d.default: _conv_transpose,
+        aten.conv_transpose2d.input: _conv_transpose,
+        aten.conv_transpose3d.input: _conv_transpose,
+    }
+
+
+def _opset() -> Any:
+    """ONNX operators as functions; loosely typed, they take Python values as constants."""
+    from onnxscript import opset20
+
+    return opset20
+
+
+def _fake_quantize(
+    x: _IR, scale: _IR, zero_point: _IR, axis: int | None, qmin: int, qmax: int
+) -> _IR:
+    op = _opset()
+
+    full = (qmin, qmax) in ((-128, 127), (0, 255))
+    if not full:
+        _needs_eight_bits(qmin, qmax)
+        # A narrower grid: saturate before QuantizeLinear, which knows only the whole type.
+        origin = op.CastLike(zero_point, scale)
+        low, high = (op.Mul(op.Sub(float(end), origin), scale) for end in (qmin, qmax))
+        x = op.Clip(x, low, high) if axis is None else _clamp(x, low, high, axis)
+    options: dict[str, int] = {} if axis is None else {"axis": axis}
+    codes = op.QuantizeLinear(x, scale, zero_point, **options)
+    return op.DequantizeLinear(codes, scale, zero_point, **options)
+
+
+def _needs_eight_bits(qmin: int, qmax: int) -> None:
+    if code_type(qmin, qmax) is torch.int32:
+        raise ExportError(
+            f"activation codes in [{qmin}, {qmax}] do not fit 8 bits",
+            where="onnx",
+            hint="use 8 bits or fewer for activations",
+        )
+
+
+def _clamp(x: _IR, low: _IR, high: _IR, axis: int) -> _IR:
+    op = _opset()
+
+    shape = [1] * len(x.shape)
+    shape[axis] = -1
+    low, high = op.Reshape(low, shape), op.Reshape(high, shape)
+    return op.Min(op.Max(x, low), high)
+
+
+def _dequantize(codes: _IR, scale: _IR, zero_point: _IR, axis: int | None) -> _IR:
+    op = _opset()
+
+    options: dict[str, int] = {} if axis is None else {"axis": axis}
+    return op.DequantizeLinear(codes, scale, zero_point, **options)
+
+
+def _batch_norm(
+    x: _IR,
+    weight: _IR,
+    bias: _IR,
+    mean: _IR,
+    variance: _IR,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn: bool,
+) -> _IR:
+    op = _opset()
+
+    del momentum, cudnn
+    if training or any(side is None for side in (weight, bias, mean, variance)):
+        raise NotImplementedError  # decomposed instead
+    return op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
+
+
+def _adaptive_average(x: _IR, size: list[int]) -> _IR:
+    op = _opset()
+
+    if list(size) != [1, 1]:
+        raise NotImplementedError
+    return op.ReduceMean(x, [-2, -1], keepdims=1)
+
+
+def _to_dtype(x: _IR, dtype: int, *_: Any, **__: Any) -> _IR:
+    op = _opset()
+
+    return op.Cast(x, to=dtype)
+
+
+def _conv_transpose(
+    x: _IR,
+    weight: _IR,
+    bias: _IR | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> _IR:
+    op = _opset()
+
+    rank = len(x.shape) - 2
+
+    def each(value: Any) -> list[int]:
+        values = [value] if isinstance(value, int) else list(value)
+        return values * rank if len(values) == 1 else values
+
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return op.ConvTranspose(
+        *inputs,
+        strides=each(stride),
+        pads=each(padding) * 2,
+        output_padding=each(output_padding),
+        group=groups,
+        dilations=each(dilation),
+    )

@@ -1,0 +1,161 @@
+"""OpenVINO on the CPU: fp32, bf16 and int8; on x86 usually the fastest of the three runtimes.
+
+It reads the ONNX file (it is never let to trace a module) and can be given fixed shapes, for which
+it compiles faster code. Integer kernels need quantisation nodes where OpenVINO expects them: on
+the inputs of convolutions, matrix products and residual additions. bf16 files store their weights
+in 16 bits. The package reports its import to its makers unless told not to; here it is kept from
+loading the module that does so, and nothing on disk is changed.
+"""
+
+import importlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from laconic.core.errors import ExportError
+from laconic.program.program import Program
+from laconic.runtimes._onnx import write_onnx
+from laconic.runtimes.base import (
+    Array,
+    Precision,
+    Runner,
+    Runtime,
+    Shapes,
+    check_precision,
+    checked,
+    cores,
+)
+
+_TELEMETRY = "openvino_telemetry"
+
+
+def openvino() -> Any:
+    """The package, imported without its telemetry (it has a stub for a missing module)."""
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    blocked: dict[str, Any] = sys.modules
+    before = blocked.get(_TELEMETRY)
+    blocked[_TELEMETRY] = None  # makes `import openvino_telemetry` an ImportError
+    try:
+        return importlib.import_module("openvino")
+    finally:
+        del blocked[_TELEMETRY]
+        if before is not None:
+            blocked[_TELEMETRY] = before
+
+
+class OpenVino(Runtime):
+    """See the module's docstring."""
+
+    name: ClassVar[str] = "openvino"
+    suffix: ClassVar[str] = ".xml"
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8")
+
+    def check(self, program: Program, precision: Precision = "fp32") -> list[str]:
+        found = check_precision(self, program, precision)
+        if precision == "bf16" and "BF16" not in _property("OPTIMIZATION_CAPABILITIES"):
+            found.append(f"this CPU has no bf16 instructions ({_property('FULL_DEVICE_NAME')})")
+        return found
+
+    def write(self, program: Program, path: Path, precision: Precision = "fp32") -> Path:
+        """Write `path` (.xml) and its weights beside it (.bin)."""
+        self.demand(program, precision)
+        ov = openvino()
+        path = path.with_suffix(self.suffix)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
+            source = write_onnx(program, Path(folder) / "model.onnx")
+            target = Path(folder) / path.name
+            model = self._read(ov.Core(), source)
+            try:
+                ov.save_model(model, str(target), compress_to_fp16=precision == "bf16")
+                target.with_suffix(".bin").replace(path.with_suffix(".bin"))
+                target.replace(path)
+            except (OSError, RuntimeError) as error:
+                raise ExportError(f"cannot write: {error}", where=str(path)) from error
+        return path
+
+    def load(
+        self,
+        path: Path,
+        precision: Precision = "fp32",
+        threads: int | None = None,
+        shapes: Shapes | None = None,
+    ) -> Runner:
+        """Open an .xml or .onnx file and compile it for this CPU."""
+        ov = openvino()
+        core = ov.Core()
+        model = self._read(core, path)
+        inputs = tuple(value.get_any_name() for value in model.inputs)
+        hint = {"fp32": "f32", "bf16": "bf16"}.get(precision) or _native(core)
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": threads or cores(),
+            "INFERENCE_PRECISION_HINT": hint,
+        }
+        try:
+            if shapes:
+                model.reshape({name: list(shapes[name]) for name in inputs if name in shapes})
+            compiled = core.compile_model(model, "CPU", settings)
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO refuses it: {_reason(error)}", where=str(path)) from error
+        conditions = {
+            "runtime": self.name,
+            "version": ov.get_version().split("-")[0],
+            "precision": precision,
+            "float": hint,
+            "threads": settings["INFERENCE_NUM_THREADS"],
+        }
+        return _Runner(compiled, inputs, conditions)
+
+    def files(self, path: Path) -> list[Path]:
+        weights = path.with_suffix(".bin")
+        return [path, weights] if path.suffix == self.suffix and weights.exists() else [path]
+
+    @staticmethod
+    def _read(core: Any, path: Path) -> Any:
+        if not path.exists():
+            raise ExportError("no such file", where=str(path))
+        try:
+            return core.read_model(str(path))
+        except RuntimeError as error:
+            raise ExportError(
+                f"not a model OpenVINO can read: {_reason(error)}", where=str(path)
+            ) from error
+
+
+class _Runner(Runner):
+    def __init__(self, compiled: Any, inputs: tuple[str, ...], conditions: dict[str, Any]) -> None:
+        self.compiled = compiled
+        self.inputs = inputs
+        self.conditions = conditions
+        self._request = compiled.create_infer_request()
+        self._count = len(compiled.outputs)
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        feed = dict(zip(self.inputs, map(np.ascontiguousarray, inputs), strict=True))
+        try:
+            found = self._request.infer(feed, share_inputs=True)
+        except RuntimeError as error:
+            raise ExportError(f"refuses the inputs: {_reason(error)}", where="openvino") from error
+        return checked([found[position] for position in range(self._count)], "openvino")
+
+
+def _native(core: Any) -> str:
+    """The float type OpenVINO itself chooses on this CPU ("bf16" or "f32")."""
+    kind = core.get_property("CPU", "INFERENCE_PRECISION_HINT")
+    return kind.get_type_name() if hasattr(kind, "get_type_name") else str(kind)
+
+
+def _property(name: str) -> Any:
+    return openvino().Core().get_property("CPU", name)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of OpenVINO's message; the first ones name its source files."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else repr(error)
