@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
@@ -11,6 +10,7 @@ from laconic.core.errors import DataError
 from laconic.program.program import Program
 
 Visit = Callable[[fx.Node, Any], Any]
+Enter = Callable[[fx.Node, tuple[Any, ...]], tuple[Any, ...]]
 
 
 class Order:
@@ -19,9 +19,11 @@ class Order:
     def __init__(self, program: Program) -> None:
         self.nodes = list(program.graph.nodes)
         self.place = {node: i for i, node in enumerate(self.nodes)}
+        self.last_use: dict[fx.Node, int] = {}
         self.dead_after: dict[int, list[fx.Node]] = {}
         for node, place in self.place.items():
             last = max((self.place[user] for user in node.users), default=place)
+            self.last_use[node] = last
             self.dead_after.setdefault(last, []).append(node)
 
 
@@ -33,12 +35,19 @@ class Walk:
     """
 
     def __init__(
-        self, program: Program, inputs: Sequence[Tensor], order: Order | None = None
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        order: Order | None = None,
+        *,
+        enter: Enter | None = None,
     ) -> None:
+        """`enter` may replace the arguments of a node before it runs."""
         self.program = program
         self.order = order or Order(program)
         self.values: dict[fx.Node, Any] = {}
         self._inputs = dict(zip(program.placeholders, inputs, strict=True))
+        self._enter = enter
         self.next = 0
 
     def run(self, end: int, visit: Visit | None = None, hold: Iterable[fx.Node] = ()) -> None:
@@ -83,6 +92,8 @@ class Walk:
         if node.op == "output":
             return self._argument(node.args[0])
         args, kwargs = self._argument(node.args), self._argument(node.kwargs)
+        if self._enter is not None:
+            args = self._enter(node, args)
         try:
             return node.target(*args, **kwargs)  # type: ignore[operator]
         except RuntimeError as error:
@@ -107,9 +118,3 @@ def _nbytes(value: Any) -> int:
     if isinstance(value, (tuple, list)):
         return sum(_nbytes(item) for item in value)
     return 0
-
-
-@torch.no_grad()
-def outputs(program: Program, inputs: Sequence[Tensor]) -> Any:
-    """What the program gives for flat inputs, arranged as the model gave it."""
-    return program.signature.arrange(program.run_flat(*inputs))

@@ -1,0 +1,127 @@
+"""Optimal-brain-surgeon order of removal for blocks of columns of linear maps.
+
+A consumer y = W x loses 1/2 tr(D dW S dW^T) when its weights change by dW, where S is the second
+moment of its inputs and D that of the loss gradient at its output. Removing the columns of block c
+and letting all others make up for it costs (Hassibi & Stork 1993; in blocks: Kurtic et al. 2022,
+ZipLM 2023)
+
+    harm(c) = 1/2 tr(D W_c ([S^-1]_cc)^-1 W_c^T),
+
+after which W -= W_c ([S^-1]_cc)^-1 [S^-1]_c: and S^-1 is downdated. The greedy order removes the
+cheapest block, updates, and goes on; several consumers of one group add their harms up.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.statistics.gram import Gram
+
+
+@dataclass(frozen=True)
+class Removal:
+    """In which order the indices of a group go, and what each one costs more.
+
+    Attributes:
+        order: int64 `[size]`, first to go first.
+        harm: float64 `[size]`, what each costs when those before it are gone.
+    """
+
+    order: Tensor
+    harm: Tensor
+
+    def kept(self, count: int) -> Tensor:
+        """The `count` indices that stay longest, ascending."""
+        return self.order[len(self.order) - count :].sort().values
+
+
+def by_score(score: Tensor) -> Removal:
+    """The order of independent scores `[size]`: the smallest first."""
+    score = score.double().cpu()
+    order = score.argsort(stable=True)
+    return Removal(order, score[order])
+
+
+class Consumer:
+    """One linear map that reads a group: its weights, inverse moments and blocks of columns."""
+
+    def __init__(
+        self,
+        gram: Gram,
+        weight: Tensor,
+        metric: Tensor,
+        blocks: Tensor,
+        *,
+        ridge: float = 1e-3,
+        bias: bool = True,
+    ) -> None:
+        """Prepare the elimination.
+
+        Args:
+            gram: moments of the input rows.
+            weight: `[out, columns]`.
+            metric: `[out, out]`, second moment of the loss gradient at the output, summed over
+                the positions of a sample and averaged over samples.
+            blocks: int64 `[size, width]`, the columns of every index of the group.
+            ridge: damping, in units of the mean variance of the columns.
+            bias: the map has a bias that makes up for the means.
+        """
+        moments = gram if bias else gram.raw()
+        covariance = moments.covariance.clone()
+        level = max(float(covariance.diagonal().mean()), 1e-30)
+        covariance.diagonal().add_(ridge * level)
+        self.inverse = torch.linalg.inv(covariance)
+        weight = weight.to(self.inverse)
+        self.rooted = _root(metric.to(self.inverse)) @ weight  # D^(1/2) W
+        self.blocks = blocks.to(weight.device)
+
+    def harms(self, alive: Tensor) -> Tensor:
+        """float64 `[alive]`: what removing each of these indices costs now."""
+        columns = self.blocks[alive]
+        inner = self.inverse[columns[:, :, None], columns[:, None, :]]
+        rows = self.rooted.T[columns]  # [alive, width, out]
+        return 0.5 * (rows * torch.linalg.solve(inner, rows)).sum((1, 2))
+
+    def remove(self, index: int) -> None:
+        """Take an index out; the remaining columns make up for it."""
+        columns = self.blocks[index]
+        rows = self.inverse[columns]
+        step = torch.linalg.solve(rows[:, columns], rows)
+        self.rooted -= self.rooted[:, columns] @ step
+        self.inverse -= rows.T @ step
+        self.rooted[:, columns] = 0
+        self.inverse[columns] = 0
+        self.inverse[:, columns] = 0
+        self.inverse[columns, columns] = 1
+
+
+def eliminate(consumers: Sequence[Consumer], size: int, keep: int = 1) -> Removal:
+    """Remove one index after the other, always the one that costs least.
+
+    Args:
+        consumers: every linear map that reads the group.
+        size: of the group.
+        keep: how many indices are never removed; they stand last in the order, at infinite harm.
+    """
+    alive = torch.arange(size)
+    order: list[int] = []
+    harm: list[float] = []
+    while len(alive) > keep:
+        total = torch.stack([c.harms(alive).cpu() for c in consumers]).sum(0)
+        place = int(total.argmin())
+        index = int(alive[place])
+        order.append(index)
+        harm.append(max(float(total[place]), 0.0))
+        alive = torch.cat([alive[:place], alive[place + 1 :]])
+        for consumer in consumers:
+            consumer.remove(index)
+    harm += [float("inf")] * len(alive)
+    return Removal(torch.tensor([*order, *alive.tolist()]), torch.tensor(harm, dtype=torch.float64))
+
+
+def _root(metric: Tensor) -> Tensor:
+    """A matrix R with R^T R = metric, for a symmetric matrix without negative eigenvalues."""
+    values, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+    return values.clamp(min=0).sqrt()[:, None] * vectors.T
