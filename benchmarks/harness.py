@@ -80,6 +80,12 @@ class Bench:
         """Whether this run may compute row `name` (it may, unless `--only` names others)."""
         return not self.args.only or name in self.args.only
 
+    def forget(self, name: str) -> None:
+        """Drop the stored row `name`, so that `row` computes it."""
+        result = self.stored()
+        if result["rows"].pop(name, None) is not None:
+            self._write(result)
+
     def row(self, name: str, compute: Callable[[], Mapping[str, Any]], **settings: Any) -> Row:
         """Return row `name`: stored with equal `settings` already, or computed and stored now.
 

@@ -1,0 +1,261 @@
+"""MiniLM sentence embeddings: half the feed-forward width and a third of the heads, then int8.
+
+Rows: `nncf` (the peer: the original in int8, calibrated on 300 SST-2 training sentences), the job
+(`prune`, `recover`, `int8`), `test` (cosine to the original's embeddings over the SST-2 test
+sentences) and `latency` (batch 1 and 32, 128 tokens, interleaved in one run). Choices are made on
+SST-2 dev sentences. Recovery reads plain text (WikiText-2 valid, tiny Shakespeare, SST-2 training
+sentences) and the original's embeddings of it, no labels. Every model gets sentences padded to 128
+tokens with their real masks.
+"""
+
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import models, peers
+from benchmarks.data import passages, sst2, tokenised
+from benchmarks.harness import Bench, Row
+from benchmarks.stages import Said, Stages, apply
+from laconic.core.task import Task, embedding
+from laconic.methods.base import Context
+from laconic.program.capture import capture
+from laconic.program.cost import cost
+from laconic.program.program import Program
+from laconic.runtimes.base import Precision, fixed_shapes
+from laconic.runtimes.openvino import OpenVino
+
+TOKENS = 128
+THREADS = 2
+HEADS = {"method": "prune.channels", "sites": "*attention*"}
+WIDTH = {"method": "prune.channels", "sites": "*intermediate*"}
+RECOVER: dict[str, Any] = {"method": "distill.logits"}
+QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
+
+Batch = dict[str, Tensor]
+
+
+class Job:
+    """The original, its tokenizer, its text."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench, self.quick = bench, bool(bench.args.quick)
+        self.threads = min(THREADS, torch.get_num_threads())
+        self.stages = Stages(bench, f"minilm_main{'-quick' * self.quick}")
+
+    @cached_property
+    def model(self) -> models.Embedder:
+        """The original."""
+        with peers.quiet():
+            return models.minilm()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Its tokenizer."""
+        return models.minilm_tokenizer()
+
+    @cached_property
+    def program(self) -> Program:
+        """The original, captured: batch and sequence length may change."""
+        example = self.batches(["one", "another sentence"], 2)[0]
+        return capture(self.model, example, dynamic=("batch", "sequence"))
+
+    def batches(self, texts: list[str], size: int, tokens: int | None = TOKENS) -> list[Batch]:
+        """Tokenised batches; with `tokens` None each as long as its longest text."""
+        return tokenised(texts, self.tokenizer, size, tokens)
+
+    def sentences(self, split: str) -> list[str]:
+        """SST-2 sentences of a split; few of them with `--quick`."""
+        count = {"train": 300, "dev": 600, "test": 872}[split]
+        return [text for text, _ in sst2(split)][: 24 if self.quick else count]
+
+    @cached_property
+    def train(self) -> "Shuffled":
+        """Text for recovery in batches of similar length, so that little is padding."""
+        texts = passages() + [text for text, _ in sst2("train")[300:20_300] if len(text) > 40]
+        return Shuffled(self.batches(sorted(texts, key=len)[:: 200 if self.quick else 1], 32, None))
+
+    @cached_property
+    def task(self) -> Task:
+        """Embeddings: no targets but the original's outputs."""
+        dev = self.batches(self.sentences("dev"), 50)
+        with torch.inference_mode():
+            wanted = [self.model(**batch) for batch in dev]
+        calibration = [(batch, None) for batch in self.batches(self.sentences("train"), 50)]
+        return embedding(
+            train=self.train, calibration=calibration,
+            validation=list(zip(dev, wanted, strict=True)),
+        )  # fmt: skip
+
+    def context(self) -> Context:
+        """What the methods get."""
+        return Context(task=self.task, original=self.program, seed=self.bench.args.seed,
+                       progress=Said(self.bench))  # fmt: skip
+
+    def arrays(self, split: str) -> list[list[np.ndarray]]:
+        """Each sentence of a split by itself: ids and mask [1, 128]."""
+        batches = self.batches(self.sentences(split), 1)
+        return [[batch["input_ids"].numpy(), batch["attention_mask"].numpy()] for batch in batches]
+
+    def cosines(self, run: peers.Runner, split: str, batch: int) -> Tensor:
+        """Cosine of a runner's embeddings to the original's, one a sentence."""
+        inputs = [np.concatenate(part) for part in zip(*self.arrays(split), strict=True)]
+        found = torch.from_numpy(peers.batched_outputs(run, inputs, batch))
+        return torch.cosine_similarity(found, self.originals(split), dim=-1)
+
+    def originals(self, split: str) -> Tensor:
+        """The original's embeddings in fp32."""
+        with torch.inference_mode():
+            return torch.cat([self.model(**b) for b in self.batches(self.sentences(split), 24)])
+
+
+class Shuffled:
+    """Batches without targets, in a new order every pass; the first pass's order is seeded by 0."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches, self.passes = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Any:
+        generator = torch.Generator().manual_seed(self.passes)
+        self.passes += 1
+        for index in torch.randperm(len(self.batches), generator=generator).tolist():
+            yield self.batches[index], None
+
+
+def spread(cosines: Tensor, name: str) -> Row:
+    """Mean and minimum under `name` and `name_min`."""
+    return {name: cosines.mean().item(), f"{name}_min": cosines.min().item()}
+
+
+def nncf_model(job: Job) -> Any:
+    """The peer: `nncf.quantize` with the model type that its documentation gives transformers."""
+    example = job.batches(["an example"], 1)[0]
+    original = peers.openvino_model(job.model, tuple(example.values()))
+    return peers.nncf_int8(original, job.arrays("train"), settings="transformer")
+
+
+def ours(job: Job, stage: str, precision: Precision, batch: int) -> peers.Runner:
+    """A stage's artifact as OpenVINO runs it, at 128 tokens."""
+    runtime, program = OpenVino(), job.stages.program(stage)
+    path = runtime.write(program, job.stages.folder / f"{stage}-{precision}.xml", precision)
+    shapes = {name: (batch, TOKENS) for name in fixed_shapes(program, batch)}
+    return runtime.load(path, precision, job.threads, shapes).run
+
+
+def stage_rows(job: Job) -> dict[str, Row]:
+    """The job itself; cosines over SST-2 dev sentences."""
+    macs = cost(job.program).macs
+
+    def measured(program: Program) -> Row:
+        def run(inputs: Any) -> list[np.ndarray]:
+            with torch.inference_mode():
+                return [program(*(torch.from_numpy(array) for array in inputs)).numpy()]
+
+        ratio = macs / cost(program).macs
+        return {"macs_ratio": ratio, **spread(job.cosines(run, "dev", 24), "cosine")}
+
+    def deployed(program: Program) -> Row:
+        del program
+        cosines = job.cosines(ours(job, "int8", "int8", 8), "dev", 8)
+        size = job.stages.path("int8").stat().st_size
+        return {**spread(cosines, "cosine"), "laconic_bytes": size}
+
+    def pruned() -> Any:
+        halfway = apply(job.program, HEADS, context)
+        return apply(halfway.program, WIDTH, context)
+
+    row, context, seed = job.stages.row, job.context(), job.bench.args.seed
+    steps = [HEADS, WIDTH]
+    return {
+        "prune": row("prune", pruned, measured, steps=steps, seed=seed),
+        "recover": row(
+            "recover", lambda: apply(job.stages.program("prune"), RECOVER, context), measured,
+            steps=[*steps, RECOVER], seed=seed,
+        ),
+        "int8": row(
+            "int8", lambda: apply(job.stages.program("recover"), QUANTIZE, context), deployed,
+            steps=[*steps, RECOVER, QUANTIZE], seed=seed,
+        ),
+    }  # fmt: skip
+
+
+def test_row(job: Job) -> Row:
+    """Cosines over the SST-2 test sentences: ours in int8 and bf16, the peer's."""
+    peer = peers.openvino_runner(peers.reshaped(nncf_model(job), 8), "f32", job.threads)
+    return {
+        **spread(job.cosines(ours(job, "int8", "int8", 8), "test", 8), "cosine"),
+        **spread(job.cosines(ours(job, "recover", "bf16", 8), "test", 8), "cosine_bf16"),
+        **spread(job.cosines(peer, "test", 8), "cosine_nncf"),
+    }
+
+
+def latency_row(job: Job) -> Row:
+    """Milliseconds at 128 tokens, batch 1 and 32, ours and the peers', interleaved."""
+    runners: dict[str, peers.Runner] = {}
+    inputs: dict[str, list[np.ndarray]] = {}
+    example = tuple(job.batches(["an example"], 1)[0].values())
+    original, int8 = peers.openvino_model(job.model, example), nncf_model(job)
+    for batch in (1,) if job.quick else (1, 32):
+        found: dict[str, peers.Runner] = {
+            "ours_int8": ours(job, "int8", "int8", batch),
+            "ours_bf16": ours(job, "recover", "bf16", batch),
+            "nncf": peers.openvino_runner(peers.reshaped(int8, batch), "bf16", job.threads),
+            "nncf_f32": peers.openvino_runner(peers.reshaped(int8, batch), "f32", job.threads),
+            "openvino_bf16": peers.openvino_runner(
+                peers.reshaped(original, batch), "bf16", job.threads
+            ),
+            "openvino_f32": peers.openvino_runner(
+                peers.reshaped(original, batch), "f32", job.threads
+            ),
+            "eager": peers.eager(job.model, job.threads),
+        }
+        sentences = job.arrays("dev")[: min(batch, 24 if job.quick else batch)]
+        arrays = [np.concatenate(part) for part in zip(*sentences, strict=True)]
+        for name, runner in found.items():
+            runners[f"{name}_b{batch}"], inputs[f"{name}_b{batch}"] = runner, arrays
+    rounds, seconds = (2, 0.1) if job.quick else (7, 0.4)
+    timed = peers.interleaved(runners, inputs, rounds=rounds, seconds=seconds)
+    flat: Row = {"threads": job.threads, "busy": max(x["busy"] for x in timed.values())}
+    for name, values in timed.items():
+        flat |= {name: values["ms"], f"{name}_low": values["low"], f"{name}_high": values["high"]}
+    return flat
+
+
+def summary(rows: dict[str, Row]) -> Row:
+    """The figures the issue asks for, from the rows that are there."""
+    test, latency = rows["test"], rows["latency"]
+    jobs = [rows[name].get("job_s") for name in ("prune", "recover", "int8")]
+    keys = ("cosine", "cosine_min", "cosine_nncf", "cosine_nncf_min", "cosine_bf16")
+    fastest = [latency[key] for key in ("nncf_b1", "nncf_f32_b1") if key in latency]
+    return {
+        **{key: test.get(key) for key in keys},
+        "latency_ms": latency.get("ours_int8_b1"),
+        "latency_ms_nncf": min(fastest) if fastest else None,
+        "latency_ms_b32": latency.get("ours_int8_b32"),
+        "latency_ms_nncf_b32": latency.get("nncf_b32"),
+        "macs_ratio": rows["prune"].get("macs_ratio"),
+        "cosine_before_training": rows["prune"].get("cosine"),
+        "minutes": sum(jobs) / 60 if all(jobs) else None,
+    }
+
+
+def main(argv: list[str] | None = None) -> Row:
+    """Run the rows and print the JSON line."""
+    bench = Bench("minilm_main", __doc__ or "")
+    bench.parser.add_argument("--seed", type=int, default=0)
+    bench.parse(argv)
+    job = Job(bench)
+    rows = stage_rows(job)
+    steps = {"steps": [HEADS, WIDTH, RECOVER, QUANTIZE], "seed": bench.args.seed}
+    rows["test"] = bench.row("test", lambda: test_row(job), **steps)
+    rows["latency"] = bench.row("latency", lambda: latency_row(job), **steps)
+    return bench.finish(**summary(rows))
+
+
+if __name__ == "__main__":
+    main()
