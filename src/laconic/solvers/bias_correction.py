@@ -1,7 +1,7 @@
 """Take the mean error that quantisation gives a layer's outputs back out, through its bias.
 
-* analytic: rounding moves the mean of output j by `sum_i (Ŵ - W)_ji E[x_i]`, so `b += (W - Ŵ) E[x]`,
-  with the channel means of the layer's float input (Nagel et al., "Data-Free Quantization Through
+* analytic: rounding moves the mean of the outputs by `(Ŵ - W) E[x]`, so `b += (W - Ŵ) E[x]` with
+  the channel means of the layer's float input (Nagel et al., "Data-Free Quantization Through
   Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2);
 * empirical: layer by layer, the mean output of the quantised program, all earlier layers corrected
   already, is brought to that of the float one. It also sees what activations lose by clipping.

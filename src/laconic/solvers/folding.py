@@ -7,7 +7,7 @@ In eval mode batch norm is `y = x * a + c` for each channel, with `a = gamma / s
 Jacob et al. (arXiv 1712.05877), section 3.2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,15 @@ class Folding:
     notes: Sequence[str]
 
 
-def fold_batch_norms(program: Program, *, forwards: bool = True) -> Folding:
+def fold_batch_norms(
+    program: Program, *, forwards: bool = True, allow: Callable[[str], bool] | None = None
+) -> Folding:
     """Fold every batch norm of `program`, which is changed; its tensors are replaced, not written.
 
     Args:
         program: in eval mode; a clone of the caller's.
         forwards: whether a batch norm may also go into the layer behind it.
+        allow: asked with the name of the weight that would change; None allows all.
     """
     folded: list[tuple[str, str]] = []
     notes: list[str] = []
@@ -60,9 +63,9 @@ def fold_batch_norms(program: Program, *, forwards: bool = True) -> Folding:
         if node.target is not _BATCH_NORM:
             continue
         where = str(node.meta.get("origin") or node.name)
-        weight, reason = _fold_back(program, node)
+        weight, reason = _fold_back(program, node, allow or _everything)
         if weight is None and forwards:
-            weight = _fold_forward(program, node)
+            weight = _fold_forward(program, node, allow or _everything)
         if weight is None:
             notes.append(f"{where}: batch norm stays, because {reason}")
         else:
@@ -92,10 +95,17 @@ def scale_and_shift(program: Program, node: fx.Node) -> tuple[Tensor, Tensor] | 
     return scale, shift
 
 
+def _everything(name: str) -> bool:
+    del name
+    return True
+
+
 # behind a layer -----------------------------------------------------------------------------
 
 
-def _fold_back(program: Program, node: fx.Node) -> tuple[str | None, str]:
+def _fold_back(
+    program: Program, node: fx.Node, allow: Callable[[str], bool]
+) -> tuple[str | None, str]:
     """Name of the weight a batch norm went into, or None and the reason."""
     layer: Any = node.args[0]
     affine = scale_and_shift(program, node)
@@ -108,6 +118,8 @@ def _fold_back(program: Program, node: fx.Node) -> tuple[str | None, str]:
     if len(layer.users) > 1:
         return None, f"{layer.name} is also read without it"
     weight = _owned(program, layer, 1)
+    if weight is not None and not allow(weight):
+        return None, f"{weight} is excluded"
     if weight is None:
         return None, "the layer's weight is shared, computed or already quantised"
     if isinstance(_argument(layer, 2), fx.Node) and _stored(program, layer.args[2]) is None:
@@ -159,7 +171,7 @@ def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
 # in front of a layer ------------------------------------------------------------------------
 
 
-def _fold_forward(program: Program, node: fx.Node) -> str | None:
+def _fold_forward(program: Program, node: fx.Node, allow: Callable[[str], bool]) -> str | None:
     affine = scale_and_shift(program, node)
     layer = next(iter(node.users), None)
     if affine is None or layer is None or len(node.users) > 1 or not _takes_shift(layer, node):
@@ -167,7 +179,7 @@ def _fold_forward(program: Program, node: fx.Node) -> str | None:
     weight = _owned(program, layer, 1)
     given = _argument(layer, 2)
     bias = _stored(program, given)
-    if weight is None or (isinstance(given, fx.Node) and bias is None):
+    if weight is None or not allow(weight) or (isinstance(given, fx.Node) and bias is None):
         return None
     scale, shift = affine
     old = program.tensor(weight)

@@ -1,0 +1,153 @@
+"""Identities of the uniform integer grid."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from laconic import forms
+from laconic.forms import affine
+from laconic.forms.affine import Affine
+from laconic.forms.operators import dequantize, fake_quantize
+
+GRIDS = [(-127, 127), (-128, 127), (0, 255), (-7, 7), (-1, 1), (-32767, 32767)]
+scales = st.floats(2.0**-40, 2.0**40, allow_nan=False, width=32)
+
+
+@st.composite
+def codes_on_a_grid(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int | None, int, int]:
+    """(codes, scale, zero point, axis, qmin, qmax) of any rank up to three."""
+    qmin, qmax = draw(st.sampled_from(GRIDS))
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    count = math.prod(shape)
+    values = draw(st.lists(st.integers(qmin, qmax), min_size=count, max_size=count))
+    axis = draw(st.sampled_from([None, *range(len(shape))]))
+    n = 1 if axis is None else shape[axis]
+    scale = torch.tensor(draw(st.lists(scales, min_size=n, max_size=n)))
+    zero = torch.tensor(draw(st.lists(st.integers(qmin, qmax), min_size=n, max_size=n)))
+    if axis is None:
+        scale, zero = scale.reshape(()), zero.reshape(())
+    return torch.tensor(values).reshape(shape), scale, zero.int(), axis, qmin, qmax
+
+
+@given(codes_on_a_grid())
+@settings(max_examples=200, deadline=None)
+def test_encoding_what_was_decoded_gives_the_codes(case):
+    codes, scale, zero, axis, qmin, qmax = case
+    values = affine.decode(codes, scale, zero, axis)
+    again = affine.encode(values, scale, zero, axis, qmin, qmax)
+    assert torch.equal(again.long(), codes)
+    assert again.dtype == (torch.int8 if -128 <= qmin and qmax <= 127 else torch.int32)
+
+
+@given(codes_on_a_grid(), st.floats(-1e6, 1e6, width=32))
+@settings(max_examples=100, deadline=None)
+def test_both_operators_and_the_form_give_the_same_numbers(case, factor):
+    codes, scale, zero, axis, qmin, qmax = case
+    x = codes.float() * factor
+    kept = affine.encode(x, scale, zero, axis, qmin, qmax)
+    wanted = affine.decode(kept, scale, zero, axis)
+    assert torch.equal(fake_quantize(x, scale, zero, axis, qmin, qmax), wanted)
+    assert torch.equal(dequantize(kept, scale, zero, axis), wanted)
+    assert torch.equal(Affine(kept, scale, zero, axis, qmin, qmax).decode(), wanted)
+
+
+@given(codes_on_a_grid(), st.floats(-0.499, 0.499))
+@settings(max_examples=100, deadline=None)
+def test_a_value_inside_the_range_moves_by_half_a_step_at_most(case, part):
+    codes, scale, zero, axis, qmin, qmax = case
+    side = affine.along(scale, axis, codes.ndim)
+    x = affine.decode(codes, scale, zero, axis) + side * part
+    inside = (codes > qmin) & (codes < qmax)
+    moved = (fake_quantize(x, scale, zero, axis, qmin, qmax) - x).abs()
+    rounding = 4 * torch.finfo(torch.float32).eps * (x.abs() + side * abs(qmax))
+    assert bool((moved <= side / 2 + rounding)[inside].all())
+
+
+@given(codes_on_a_grid())
+@settings(max_examples=50, deadline=None)
+def test_a_form_is_rebuilt_from_its_parts(case):
+    codes, scale, zero, axis, qmin, qmax = case
+    values = affine.decode(codes, scale, zero, axis)
+    kept = affine.encode(values, scale, zero, axis, qmin, qmax)
+    form = Affine(kept, scale, zero, axis, qmin, qmax)
+    again = forms.build("affine", form.tensors(), form.meta())
+    assert isinstance(again, Affine)
+    assert torch.equal(again.decode(), form.decode())
+    assert (again.nbytes(), again.meta()) == (form.nbytes(), form.meta())
+
+
+def test_bytes_are_packed_bits_plus_scales_plus_zero_points_that_are_not_zero():
+    codes = torch.zeros(3, 5, dtype=torch.int8)
+    plain = Affine(codes, torch.ones(3), torch.zeros(3, dtype=torch.int32), 0, -7, 7)
+    assert plain.nbytes() == 8 + 12  # 15 codes of 4 bits
+    shifted = Affine(codes, torch.ones(3), torch.ones(3, dtype=torch.int32), 0, -127, 127)
+    assert shifted.nbytes() == 15 + 12 + 3
+
+
+def numeric_gradient(x, scale, zero, axis, qmin, qmax):
+    """Straight through inside [qmin, qmax], zero outside, from its definition."""
+    s, z = affine.along(scale, axis, x.ndim), affine.along(zero, axis, x.ndim)
+    position = x / s + z
+    return ((position >= qmin) & (position <= qmax)).to(x.dtype)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1])
+@pytest.mark.parametrize(("qmin", "qmax", "zero"), [(-127, 127, 0), (0, 255, 0), (0, 255, 100)])
+def test_gradient_of_the_input_is_straight_through_inside_the_range(
+    axis, qmin, qmax, zero, generator
+):
+    x = torch.randn(4, 6, generator=generator) * 3
+    n = 1 if axis is None else x.shape[axis]
+    scale = (torch.rand(n, generator=generator) + 0.5) / 100
+    zeros = torch.full((n,), zero, dtype=torch.int32)
+    if axis is None:
+        scale, zeros = scale[0], zeros[0]
+    x.requires_grad_()
+    upstream = torch.randn(4, 6, generator=generator)
+    fake_quantize(x, scale, zeros, axis, qmin, qmax).backward(upstream)
+    inside = numeric_gradient(x.detach(), scale, zeros, axis, qmin, qmax)
+    assert 0 < inside.sum() < inside.numel()
+    assert torch.equal(x.grad, upstream * inside)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_gradient_of_the_scale_is_that_of_lsq(axis, generator):
+    x = torch.randn(5, 3, generator=generator) * 2
+    n = 1 if axis is None else x.shape[axis]
+    scale = ((torch.rand(n, generator=generator) + 0.5) / 5).requires_grad_()
+    given_scale = scale if axis is not None else scale.reshape(())
+    zero = torch.zeros_like(given_scale, dtype=torch.int32)
+    upstream = torch.randn(5, 3, generator=generator)
+    fake_quantize(x, given_scale, zero, axis, -3, 3).backward(upstream)
+    s = affine.along(given_scale.detach(), axis, 2)
+    position = x / s
+    # d(round(x/s) s)/ds with round straight through: round(x/s) - x/s inside, the limit outside
+    inside = position.abs() <= 3
+    slope = torch.where(inside, position.round() - position, position.sign() * 3)
+    wanted = slope * upstream
+    wanted = wanted.sum() if axis is None else wanted.sum(1 - axis)
+    assert torch.allclose(scale.grad.reshape(wanted.shape), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_the_operators_export_and_deepcopy(generator):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 3))
+            self.register_buffer("scale", torch.full((4,), 0.02))
+            self.register_buffer("zero", torch.zeros(4, dtype=torch.int32))
+
+        def forward(self, x):
+            w = fake_quantize(self.weight, self.scale, self.zero, 0, -127, 127)
+            return x @ w.T
+
+    net, x = Net(), torch.randn(2, 3, generator=generator)
+    exported = torch.export.export(net, (x,))
+    assert torch.equal(exported.module()(x), net(x))
+    torch.library.opcheck(fake_quantize, (x, torch.tensor(0.1), torch.tensor(3), None, 0, 255))
+    codes = torch.randint(-9, 9, (2, 3), dtype=torch.int8, generator=generator)
+    torch.library.opcheck(dequantize, (codes, torch.tensor(0.1), torch.tensor(3), None))
