@@ -83,6 +83,9 @@ class Method(BaseModel, ABC):
     trains: ClassVar[bool] = False
     """Whether it runs gradient steps over many batches."""
 
+    quick: ClassVar[Mapping[str, Any]] = {}
+    """Options of a run that takes a second on a tiny model; the contract tests use them."""
+
     @abstractmethod
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Make a new Program; leave `program` as it was.

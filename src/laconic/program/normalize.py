@@ -43,6 +43,7 @@ def flatten_export(
     _set_origins(graph)
     _drop_assertions(graph)
     _make_functional(graph)
+    _free_memory_format(graph)
     tensors, aliases = _collect_tensors(module, model)
     _rename_tied(graph, aliases)
     _flat_output(graph)
@@ -144,7 +145,20 @@ def _writes_through_a_view(graph: fx.Graph) -> bool:
         if _functional_twin(node.target) is None:
             return True
         source = node.args[0]
-        if isinstance(source, fx.Node) and _base_name(source) in _VIEWS:
+        if (
+            isinstance(source, fx.Node)
+            and _base_name(source) in _VIEWS
+            and _is_read_elsewhere(source)
+        ):
+            return True
+    return False
+
+
+def _is_read_elsewhere(view: fx.Node) -> bool:
+    """Whether anybody but this chain of views reads what the view shows."""
+    while _base_name(view) in _VIEWS and isinstance(view.args[0], fx.Node):
+        view = view.args[0]
+        if len(view.users) > 1 or view.op != "call_function":
             return True
     return False
 
@@ -181,6 +195,13 @@ def _make_functional(graph: fx.Graph) -> None:
         order = {n: i for i, n in enumerate(graph.nodes)}
         if isinstance(source, fx.Node):
             source.replace_all_uses_with(node, lambda user: order[user] > order[node])  # noqa: B023
+
+
+def _free_memory_format(graph: fx.Graph) -> None:
+    """A view becomes a reshape: a Program also runs channels-last, where some views cannot be."""
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target == torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
 
 
 def _collect_tensors(module: fx.GraphModule, model: nn.Module) -> tuple[Tensors, dict[str, str]]:
