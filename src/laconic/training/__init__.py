@@ -1,1 +1,1 @@
-"""One training loop for everything."""
+"""One training loop for everything: any device, mixed precision, several processes, resumable."""

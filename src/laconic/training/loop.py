@@ -1,0 +1,366 @@
+"""The training loop: steps, evaluations, best state, states on disk, time.
+
+What a run gives depends on the Program, the plan, the seed and the data only: not on the number of
+processes, and not on whether it was stopped and taken up again. All randomness is drawn from
+(seed, number of the batch); see `feed.py` for the order of the data and `normalization.py` for
+batch statistics.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from laconic.core.errors import RecipeError, TrainingError
+from laconic.core.progress import SILENT, Bar, Progress
+from laconic.core.task import Loader
+from laconic.program.program import Program
+from laconic.training import checkpoint
+from laconic.training.feed import Feed, forked, mixed, seed_all
+from laconic.training.interrupts import Interrupt, deferred
+from laconic.training.normalization import MergedStatistics
+from laconic.training.optimizers import build, clip
+from laconic.training.plan import DEFAULT_EPOCHS, Plan
+from laconic.training.precision import autocast, set_layout, wants_channels_last
+from laconic.training.processes import Processes
+from laconic.training.state import State
+
+Forward = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`value`: scalar, a mean over the batch; `samples`: how many it is the mean of."""
+
+    value: Tensor
+    samples: int
+
+
+class Objective(Protocol):
+    """What is minimised: the loss of one batch; `forward` runs the Program on flat inputs."""
+
+    def __call__(self, forward: Forward, batch: Any, number: int) -> Loss:
+        """The loss of batch `number` of the stream."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training run.
+
+    Attributes:
+        program: trained in place and left in eval mode with the best state; give a clone.
+        names: the tensors that are trained.
+        objective: what is minimised.
+        loader: training batches, re-iterable.
+        plan: how.
+        score: the Program's score, higher is better; None keeps the last state. It is called with
+            the settled plan's precision.
+        folder: where the state is kept; None keeps none.
+        identity: what run this is; a state on disk is taken up only by the same one.
+    """
+
+    program: Program
+    names: Sequence[str]
+    objective: Objective
+    loader: Loader
+    plan: Plan
+    score: Callable[[Program, str], float] | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Progress = SILENT
+    folder: Path | None = None
+    identity: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a run came to.
+
+    Attributes:
+        plan: the plan with everything decided; the same plan replays the run.
+        best_step: the step whose state was kept.
+        score: its score; None without a validation.
+        evaluations: (step, mean training loss since the last one, score).
+        seconds: training time, over all sessions of a resumed run.
+        notes: what a person should know, one sentence each.
+    """
+
+    plan: Plan
+    best_step: int
+    score: float | None
+    evaluations: Sequence[tuple[int, float | None, float | None]]
+    seconds: float
+    notes: Sequence[str]
+
+
+def train(job: Job) -> Trained:
+    """Train `job.program` in place; it ends in eval mode with the best state.
+
+    Ctrl-C ends it after the current step: the state is written and `KeyboardInterrupt` raised.
+
+    Raises:
+        DataError: the training data are empty or do not fit.
+        TrainingError: the loss became NaN or infinite before there was anything worth keeping.
+        RecipeError: `accumulate` cannot be shared out among the processes.
+    """
+    home = next((t.device for _, t in job.program.tensors()), job.device)
+    with ExitStack() as stack:
+        stack.enter_context(forked(job.device))
+        interrupt = stack.enter_context(deferred())
+        job.program.to(job.device).train()
+        channels_last = wants_channels_last(job.program)
+        if channels_last:
+            set_layout(job.program, True)
+            stack.callback(set_layout, job.program, False)
+        stack.callback(job.program.to, home)
+        stack.callback(job.program.eval)
+        return _Run(job, interrupt).run()
+
+
+class _Run:
+    """A run under way."""
+
+    def __init__(self, job: Job, interrupt: Interrupt) -> None:
+        self.job = job
+        self.interrupt = interrupt
+        self.processes = Processes.current()
+        self.plan = job.plan.settled(job.program, job.device, self.processes.count)
+        self.batches = self.plan.accumulate or 1
+        if self.batches % self.processes.count:
+            raise RecipeError(
+                f"accumulate = {self.batches} cannot be shared out among "
+                f"{self.processes.count} processes",
+                where="training",
+                hint="make it a multiple of their number",
+            )
+        self.feed = Feed(job.loader, job.seed)
+        trained = [(name, job.program.tensor(name)) for name in job.names]
+        self.parameters = [tensor for _, tensor in trained]
+        self.optimizer = build(self.plan, self.parameters)
+        self.state = State(job.program, self.optimizer, dict(trained), self.plan.ema)
+        self.processes.same_([tensor for _, tensor in job.program.tensors()])
+        self.forward: Forward = job.program.run_flat
+        if self.plan.compile:
+            self.forward = torch.compile(job.program.as_graph_module())
+        self.notes: list[str] = []
+        self.recent: list[float] = []  # losses since the last evaluation
+        self.started = self.saved = time.perf_counter()
+
+    def run(self) -> Trained:
+        """All steps that are left, then the best state."""
+        resumed = self._resume()
+        if not resumed:
+            first = self._evaluate() if self.job.score else None
+            if first is not None:
+                self.state.judge(first)
+                self.state.evaluations.append((0, None, first))
+            self.plan = self.plan.of_steps(self._steps())
+        self.feed.skip(self.state.step * self.batches)
+        self._go()
+        self._save(final=True)
+        return self._finish()
+
+    # length -------------------------------------------------------------------------------
+
+    def _steps(self) -> int:
+        plan = self.job.plan
+        if plan.steps is not None:
+            return plan.steps
+        if plan.minutes is not None:
+            return self._steps_in(60 * plan.minutes)
+        batches = (plan.epochs or DEFAULT_EPOCHS) * self.feed.batches_per_epoch()
+        return max(1, math.ceil(batches / self.batches - 1e-9))
+
+    def _steps_in(self, seconds: float) -> int:
+        """Steps that fit into a time, from a few trial steps that are taken back afterwards."""
+        held = self.state.snapshot()
+        times: list[float] = []
+        while len(times) < 3 or (len(times) < 12 and sum(times) < 0.02 * seconds):
+            began = time.perf_counter()
+            self.feed.look_ahead((len(times) + 1) * self.batches)
+            ahead = self.feed.look_ahead((len(times) + 1) * self.batches)[-self.batches :]
+            self._step(ahead, 0, 1e-8)
+            times.append(time.perf_counter() - began)
+        self.state.restore(held)
+        began = time.perf_counter()
+        if self.job.score is not None:
+            self._evaluate()
+        judging = self.plan.evaluations * (time.perf_counter() - began)
+        spent = time.perf_counter() - self.started
+        each = sorted(times[1:])[len(times[1:]) // 2]
+        steps = max(1, int((seconds - spent - judging) / each))
+        steps = int(self.processes.agree(steps))
+        self.notes.append(
+            f"{self.job.plan.minutes:g} minutes were taken as {steps} steps of {each:.3g} s"
+        )
+        return steps
+
+    # steps --------------------------------------------------------------------------------
+
+    def _go(self) -> None:
+        steps = self.plan.steps or 1
+        marks = {round(i * steps / self.plan.evaluations) for i in range(1, self.plan.evaluations)}
+        marks.add(steps)
+        with self.job.progress.task("training", steps) as bar:
+            bar.advance(self.state.step, "")
+            began, first = time.perf_counter(), self.state.step
+            while self.state.step < steps and not self.state.ended:
+                batches = [self.feed.take() for _ in range(self.batches)]
+                base = self.state.step * self.batches
+                loss, stop = self._step(batches, base, self.plan.rate(self.state.step))
+                if not math.isfinite(loss):
+                    self._diverged(loss)
+                    return
+                self.recent.append(loss)
+                self.state.moved()
+                if self.state.step in marks:
+                    self._judge()
+                each = (time.perf_counter() - began) / (self.state.step - first)
+                self._show(bar, loss, each * (steps - self.state.step))
+                self._keep(stop)
+
+    def _step(self, batches: Sequence[Any], base: int, rate: float) -> tuple[float, bool]:
+        """One move of the optimizer: (mean loss, whether somebody asked to stop)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        merged = MergedStatistics() if len(batches) > 1 else None
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, samples, asked to stop
+        for index, batch in enumerate(batches):
+            if index % self.processes.count != self.processes.rank:
+                continue
+            if merged is not None:
+                merged.start()
+            seed_all(mixed(self.job.seed, base + index, 2))
+            with merged or nullcontext(), autocast(self.job.device, self.plan.precision):
+                loss = self.job.objective(self.forward, batch, base + index)
+            weight = loss.samples if merged is not None else 1
+            (loss.value * weight).backward()
+            value = float(loss.value.detach())
+            sums += torch.tensor([value * weight, weight, 0], dtype=torch.float64)
+        sums[2] = self.interrupt.asked
+        self._merge(sums, merged)
+        mean = float(sums[0] / sums[1])
+        if math.isfinite(mean):
+            clip(self.parameters, self.plan.clip)
+            self.optimizer.step()
+        return mean, bool(sums[2])
+
+    def _merge(self, sums: Tensor, merged: MergedStatistics | None) -> None:
+        """Sum over processes, and make sums over samples into means."""
+        if merged is None:
+            return
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.parameters]
+        self.processes.sum_([sums, *grads])
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad.div_(float(sums[1]))
+        merged.finish(self.processes)
+
+    # judging and keeping ------------------------------------------------------------------
+
+    def _evaluate(self) -> float:
+        assert self.job.score is not None
+        with self.state.averaged():
+            return self.job.score(self.job.program, self.plan.precision)
+
+    def _judge(self) -> None:
+        score = self._evaluate() if self.job.score else None
+        loss = sum(self.recent) / max(1, len(self.recent))
+        self.recent.clear()
+        self.state.evaluations.append((self.state.step, loss, score))
+        self.state.judge(score)
+        if self.plan.patience is not None and self.state.worse >= self.plan.patience:
+            self.state.ended = True
+            self.notes.append(
+                f"stopped at step {self.state.step} of {self.plan.steps}: "
+                f"{self.state.worse} evaluations without a better one"
+            )
+
+    def _diverged(self, loss: float) -> None:
+        self.state.ended = True
+        place = f"step {self.state.step + 1} of {self.plan.steps}"
+        if self.state.best_step == 0:
+            raise TrainingError(
+                f"the loss became {loss} at {place}, before any state worth keeping",
+                where="training",
+                hint=f"take a lower lr than {self.plan.lr:g}, a longer warmup, or check the data",
+            )
+        self.notes.append(
+            f"the loss became {loss} at {place}; the state of step {self.state.best_step} was kept"
+        )
+
+    def _show(self, bar: Bar, loss: float, left: float) -> None:
+        score = self.state.best_score
+        best = "" if score is None else f", best {score:.4g}"
+        bar.advance(1, f"loss {loss:.4f}{best}, {_clock(left)} left")
+
+    def _keep(self, stop: bool) -> None:
+        if stop:
+            self._save(final=True)
+            raise KeyboardInterrupt
+        if time.perf_counter() - self.saved >= self.plan.save_every:
+            self._save()
+
+    def _save(self, final: bool = False) -> None:
+        self.saved = time.perf_counter()
+        folder = self.job.folder
+        if folder is None:
+            return
+        about = {
+            "plan": self.plan.model_dump(mode="json"),
+            "seconds": self.state.seconds + time.perf_counter() - self.started,
+            "recent": self.recent,
+            "notes": self.notes,
+        }
+        try:
+            if self.processes.first:
+                self.state.checkpoint(self.job.identity, about).save(folder)
+        except OSError as error:  # training is worth more than its safety copy
+            note = f"the state could not be kept in {folder.name}: {error}"
+            self.notes += [note] if note not in self.notes else []
+        if final:
+            self.processes.wait()
+
+    def _resume(self) -> bool:
+        if self.job.folder is None:
+            return False
+        found = checkpoint.read(self.job.folder, self.job.identity)
+        if found is None:
+            return False
+        about = self.state.restore(found)
+        self.plan = Plan.model_validate(about["plan"])
+        self.recent = list(about["recent"])
+        self.notes = list(about["notes"])
+        self.state.seconds = about["seconds"]
+        self.job.progress.say(f"training goes on at step {self.state.step} of {self.plan.steps}")
+        return True
+
+    def _finish(self) -> Trained:
+        self.state.take_best()
+        if self.state.best_step == 0:
+            self.notes.append("no state was better than the one training began with, which is kept")
+        return Trained(
+            plan=self.plan,
+            best_step=self.state.best_step,
+            score=self.state.best_score,
+            evaluations=self.state.evaluations,
+            seconds=self.state.seconds + time.perf_counter() - self.started,
+            notes=self.notes,
+        )
+
+
+def _clock(seconds: float) -> str:
+    """Time for people.
+
+    >>> _clock(95), _clock(12)
+    ('1:35', '0:12')
+    """
+    whole = max(0, round(seconds))
+    return f"{whole // 60}:{whole % 60:02d}"
