@@ -1,6 +1,7 @@
 """What all tests share: the data folder, seeded randomness, a quiet environment."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY
     os.environ.setdefault(name, "1")
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # the benchmarks are a folder of the repository, not of the package
+    sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
