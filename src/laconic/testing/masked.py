@@ -161,19 +161,31 @@ def _moved(*names: str) -> Rule:
         mask = m[name]
         several = isinstance(mask, (list, tuple))
         moving = [one.float() for one in mask] if several else mask.float()
-        extra = {"value": 1.0} if "pad" in v and "value" in v else {}
-        moved = run.again({name: moving} | extra)
+        moved = run.again({name: moving})
         back = [one > 0 for one in moved] if isinstance(moved, (list, tuple)) else moved > 0
         return run.again(), back
 
     return rule
 
 
-def _rows(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
-    """linear: an output is alive where its row of the weight is."""
-    rows = m["weight"].any(-1)
+def _padded(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+    """What is padded to a line is alive where anything on the line is."""
+    mask, sides = m["self"], v["pad"]
+    last = mask.ndim - 1
+    dims = [last - place // 2 for place, side in enumerate(sides) if side]
     value = run.again()
-    return value, rows.expand(value.shape)
+    fixed = {"mode": "constant", "value": 0.0} if "mode" in v else {"value": 0.0}
+    inside = run.again({"self": mask.float()} | fixed) > 0
+    outside = run.again({"self": torch.ones(mask.shape)} | fixed) == 0
+    line = mask.any(dim=tuple(set(dims)), keepdim=True) if dims else mask
+    return value, inside | (outside & line)
+
+
+def _rows(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+    """linear: alive where the row of the weight is, and where there is a living input."""
+    rows, inputs = m["weight"].any(-1), m["input"].any(-1)
+    value = run.again()
+    return value, (inputs[..., None] & rows if rows.ndim else inputs & rows)
 
 
 def _convolved(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
@@ -302,7 +314,14 @@ def _group_norm(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
 
 
 def _batch_norm(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
-    return run.again(), next(iter(m.values()))
+    x, mask = v["input"], m["input"]
+    if v["running_mean"] is not None or "instance" in operator_name(run.node):
+        return run.again(), mask
+    dims = [d for d in range(x.ndim) if d != 1]  # statistics of the batch itself
+    line = [1, -1] + [1] * (x.ndim - 2)
+    value = _normed(x, mask, dims, v["eps"], True)
+    value = value if v["weight"] is None else value * v["weight"].view(line)
+    return (value if v["bias"] is None else value + v["bias"].view(line)), mask
 
 
 def _glu(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
@@ -331,16 +350,14 @@ def _table() -> dict[str, Rule]:
         "view reshape _unsafe_view flatten unflatten permute transpose swapaxes t numpy_T mT "
         "movedim squeeze unsqueeze expand broadcast_to repeat tile repeat_interleave pixel_shuffle "
         "pixel_unshuffle channel_shuffle split split_with_sizes chunk tensor_split unbind slice "
-        "narrow select index index_select gather roll flip pad constant_pad_nd unfold im2col "
+        "narrow select index index_select gather roll flip unfold im2col "
         "expand_as view_as reshape_as adjoint unsafe_chunk"
     )
     first = (
         "dropout feature_dropout clone contiguous to _to_copy alias detach lift_fresh_copy type_as "
         "cumsum tril triu zeros_like ones_like full_like bucketize"
     )
-    pointwise = (
-        "where masked_fill __and__ __or__ hardswish hardsigmoid hardtanh relu6 mish _weight_norm"
-    )
+    pointwise = "where masked_fill multiply subtract divide negative __and__ __or__ hardswish hardsigmoid hardtanh relu6 mish _weight_norm"
     table: dict[str, Rule] = {name: _moved("self") for name in moved.split()}
     table |= {name: _first for name in first.split()}
     table |= {name: _elementwise for name in pointwise.split()}
@@ -356,6 +373,8 @@ def _table() -> dict[str, Rule]:
     table |= {name: _variance for name in ("var", "std")}
     table |= {name: _softmax for name in ("softmax", "_softmax", "log_softmax")}
     return table | {
+        "pad": _padded,
+        "constant_pad_nd": _padded,
         "linear": _rows,
         "embedding": _moved("weight"),
         "convolution": _convolved,

@@ -46,10 +46,10 @@ _SAME = (
     "dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous to _to_copy alias "
     "detach lift_fresh_copy lift_fresh type_as view_as_real_copy softmax _softmax log_softmax "
     "_log_softmax zeros_like ones_like full_like empty_like rand_like randn_like native_dropout "
-    "softmin logcumsumexp bernoulli nan_to_num isnan isinf fill zero conj resolve_conj resolve_neg"
+    "real imag softmin logcumsumexp bernoulli nan_to_num isnan isinf fill zero conj resolve_conj resolve_neg"
 )
 _POINTWISE = (
-    "where masked_fill __and__ __or__ __xor__ add sub mul div pow addcmul addcdiv lerp clamp float_power "
+    "where masked_fill multiply subtract divide negative __and__ __or__ __xor__ add sub mul div pow addcmul addcdiv lerp clamp float_power "
     "floor_divide remainder logical_and logical_or logical_not logical_xor bitwise_and bitwise_or "
     "bitwise_not eq ne lt le gt ge maximum minimum relu relu6 gelu silu hardswish hardsigmoid "
     "hardtanh leaky_relu elu selu celu mish softplus tanh sigmoid log_sigmoid square rsub true_divide "

@@ -199,6 +199,17 @@ def pad(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return tuple(x)
 
 
+def spectrum(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """Fourier transforms mix all places of an axis, which therefore stays."""
+    x = list(see.dims(a["self"]))
+    asked = a["dim"] if "dim" in a else None
+    dims = range(len(x)) if asked is None else [asked] if isinstance(asked, int) else asked
+    for dim in dims:
+        see.freeze(node, "all places along it are mixed", x[dim])
+        x[dim] = see.rigid(node, "frequencies", node.meta["shape"][dim])[0]
+    return tuple(x)
+
+
 def unfold(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """Windows along one axis, as a new last dimension."""
     x = list(see.dims(a["self"]))
@@ -231,3 +242,5 @@ ROWS: dict[str, Row] = {
     "aten.constant_pad_nd": pad,
     "aten.unfold": unfold,
 }
+_SPECTRA = "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn"
+ROWS |= {f"aten.fft_{name}": spectrum for name in _SPECTRA.split()}

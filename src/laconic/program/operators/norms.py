@@ -20,6 +20,12 @@ def per_channel(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return x
 
 
+def native_per_channel(see: Equations, node: fx.Node, a: Arguments) -> list[Dims]:
+    """Batch norm that also returns (empty) statistics of the batch."""
+    x = per_channel(see, node, a)
+    return [x, *(see.rigid(node, "statistics", *shape) for shape in node.meta["shape"][1:])]
+
+
 def layer_norm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """Layer and RMS norm: parameters over the trailing `normalized_shape`."""
     x = see.dims(a["input"])
@@ -59,6 +65,7 @@ def weight_norm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 ROWS: dict[str, Row] = {
     "aten.batch_norm": per_channel,
     "aten.instance_norm": per_channel,
+    "aten._native_batch_norm_legit_no_training": native_per_channel,
     "aten.layer_norm": layer_norm,
     "aten.rms_norm": layer_norm,
     "aten.native_layer_norm": native_layer_norm,
