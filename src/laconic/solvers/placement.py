@@ -378,9 +378,14 @@ def _sources(
         joined.append([source for source, _ in found])
         return found
     above = node.args[0]
-    if not isinstance(above, fx.Node):
+    if not isinstance(above, fx.Node) or (_has_pieces(above) and not carries(above)):
         return [(node, user)]
     return _sources(above, node, carries, joined)
+
+
+def _has_pieces(node: fx.Node) -> bool:
+    """Whether it gives several tensors, so that a node behind it cannot quantise them."""
+    return any(base_name(user) == "getitem" for user in node.users)
 
 
 def _is_quantised(node: fx.Node) -> bool:
