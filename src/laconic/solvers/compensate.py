@@ -23,13 +23,11 @@ from laconic.solvers.least_squares import Fit
 from laconic.solvers.recalibrate import Norm, norms, remeasure
 from laconic.statistics.convoy import Convoy
 from laconic.statistics.gram import Gram
-from laconic.statistics.layers import Layer, layers
+from laconic.statistics.layers import Layer, layers, pick
 from laconic.statistics.walk import Walk
 
 Changes = Mapping[str, Mapping[int, Tensor]]
 
-_WORK = 1e11  # multiply-adds that one Gram matrix may cost
-_ROWS = 262_144  # more rows than that do not make a fit better
 _SAFE = {
     "batch_norm", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "cat",
     "split", "split_with_sizes", "chunk", "unbind", "getitem", "slice", "select", "pad",
@@ -153,7 +151,8 @@ class _Work:
         layer, halves = place.layer, (Gram(), Gram())
         scale, shift, _ = _scaling(self.small, place.norm)
         rows = self.changes.get(layer.weight, {}).get(layer.out_dim)
-        for number, (front, back) in enumerate(zip(self.ahead, self.behind, strict=True)):
+        columns = layer.matrix(self.small.tensor(layer.weight)).shape[1]
+        for front, back in zip(self.ahead, self.behind, strict=True):
             target = front.values[self.twin[place.anchor]]
             axis = layer.channel_axis(target)
             if rows is not None:
@@ -161,28 +160,14 @@ class _Work:
             if place.other is not None:
                 target = target - _value(back, place.other)
             x = back.values[layer.source]
-            pick = self._pick(layer, target, number)
-            wanted = (layer.rows_out(target, pick).double() - shift) / scale
-            taken = layer.rows_in(x, pick)
-            middle = len(taken) // 2 if pick is None else int((pick < _half(layer, target)).sum())
+            positions = layer.positions(target)
+            chosen = pick(positions, columns, len(self.behind), self.seed)
+            wanted = (layer.rows_out(target, chosen).double() - shift) / scale
+            taken = layer.rows_in(x, chosen)
+            middle = len(taken) // 2 if chosen is None else int((chosen < positions // 2).sum())
             halves[0].update(taken[:middle], wanted[:middle].to(taken))
             halves[1].update(taken[middle:], wanted[middle:].to(taken))
         return halves
-
-    def _pick(self, layer: Layer, target: Tensor, number: int) -> Tensor | None:
-        """Ascending positions that serve as rows, or None for all."""
-        columns = (
-            self.small.tensor(layer.weight).numel() // target.shape[layer.channel_axis(target)]
-        )
-        rows = min(max(8 * columns, int(_WORK / (2 * columns**2))), _ROWS)
-        wanted = -(-rows // len(self.behind))
-        positions = layer.positions(target)
-        if positions <= wanted:
-            return None
-        place = self.behind.order.place[layer.node]
-        generator = torch.Generator().manual_seed((self.seed * 65_537 + place) * 65_537 + number)
-        chosen = torch.randperm(positions, generator=generator)[:wanted].sort().values
-        return chosen.to(target.device)
 
 
 def drift(dense: Program, small: Program, changes: Changes) -> set[fx.Node]:
@@ -274,10 +259,6 @@ def _value(walk: Walk, node: fx.Node) -> Tensor:
         walk = walk.fork()
         walk.run(walk.order.place[node] + 1, hold=[node])
     return walk.values[node]
-
-
-def _half(layer: Layer, target: Tensor) -> int:
-    return layer.positions(target) // 2
 
 
 def _scaling(small: Program, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -84,9 +84,9 @@ class Consumer:
         rows = self.rooted.T[columns]  # [alive, width, out]
         return 0.5 * (rows * torch.linalg.solve(inner, rows)).sum((1, 2))
 
-    def remove(self, index: int) -> None:
-        """Take an index out; the remaining columns make up for it."""
-        columns = self.blocks[index]
+    def remove(self, indices: Tensor) -> None:
+        """Take indices out; the remaining columns make up for them."""
+        columns = self.blocks[indices].flatten()
         rows = self.inverse[columns]
         step = torch.linalg.solve(rows[:, columns], rows)
         self.rooted -= self.rooted[:, columns] @ step
@@ -97,28 +97,32 @@ class Consumer:
         self.inverse[columns, columns] = 1
 
 
-def eliminate(consumers: Sequence[Consumer], size: int, keep: int = 1) -> Removal:
+def eliminate(consumers: Sequence[Consumer], size: int, *, exact: int = 128) -> Removal:
     """Remove one index after the other, always the one that costs least.
 
     Args:
         consumers: every linear map that reads the group.
         size: of the group.
-        keep: how many indices are never removed; they stand last in the order, at infinite harm.
+        exact: groups larger than this lose `size / exact` indices at a time, the cheapest ones.
+
+    Returns:
+        The whole order; the last index has infinite harm, a group never becomes empty.
     """
-    alive = torch.arange(size)
-    order: list[int] = []
-    harm: list[float] = []
-    while len(alive) > keep:
-        total = torch.stack([c.harms(alive).cpu() for c in consumers]).sum(0)
-        place = int(total.argmin())
-        index = int(alive[place])
-        order.append(index)
-        harm.append(max(float(total[place]), 0.0))
-        alive = torch.cat([alive[:place], alive[place + 1 :]])
+    alive, chunk = torch.arange(size), -(-size // exact)
+    order: list[Tensor] = []
+    harm: list[Tensor] = []
+    while len(alive) > 1:
+        total = torch.stack([c.harms(alive).cpu() for c in consumers]).sum(0).clamp(min=0)
+        chosen = total.argsort(stable=True)[: min(chunk, len(alive) - 1)]
+        order.append(alive[chosen])
+        harm.append(total[chosen])
         for consumer in consumers:
-            consumer.remove(index)
-    harm += [float("inf")] * len(alive)
-    return Removal(torch.tensor([*order, *alive.tolist()]), torch.tensor(harm, dtype=torch.float64))
+            consumer.remove(alive[chosen])
+        left = torch.ones(len(alive), dtype=torch.bool)
+        left[chosen] = False
+        alive = alive[left]
+    infinite = torch.full((len(alive),), torch.inf, dtype=torch.float64)
+    return Removal(torch.cat([*order, alive]), torch.cat([*harm, infinite]))
 
 
 def _root(metric: Tensor) -> Tensor:

@@ -38,8 +38,11 @@ class Sensitivity:
     outputs: dict[fx.Node, tuple[Tensor, Tensor]]
 
 
-def sampled_loss(task: Task, generator: torch.Generator) -> Loss:
+def sampled_loss(task: Task, generator: torch.Generator, temperature: float = 1.0) -> Loss:
     """Loss of a target drawn from the model's own prediction, summed over samples.
+
+    A network that has seen the calibration data is almost sure of every answer, and gradients of a
+    sure answer are noise; logits divided by a `temperature` above 1 bring the rest back in.
 
     Raises:
         DataError: the outputs are not finite.
@@ -51,7 +54,7 @@ def sampled_loss(task: Task, generator: torch.Generator) -> Loss:
         if not bool(torch.isfinite(logits).all()):
             raise DataError("the model gives NaN or infinite outputs", where="calibration")
         if distribution and logits.ndim > 1 and logits.shape[-1] > 1:
-            rows = logits.flatten(0, -2)
+            rows = logits.flatten(0, -2) / temperature
             chances = rows.detach().softmax(-1).cpu()
             drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
             return F.cross_entropy(rows, drawn.to(rows.device), reduction="sum")
@@ -115,7 +118,7 @@ def _one_batch(
 
     with torch.enable_grad():
         walk = Walk(work, batch, order, enter=enter)
-        walk.run(len(order.nodes), visit)
+        walk.run(len(order.nodes), visit, hold=[work.output_node])
         result = walk.values[work.output_node]
         loss(work.signature.arrange(result)).backward()
     return Sensitivity(samples, _with_gradients(inputs, twin), _with_gradients(outputs, twin))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from laconic.core.errors import DataError
 from laconic.statistics.base import Statistic, finite
+from laconic.statistics.layers import Layer, pick
 
 
 class Gram(Statistic):
@@ -82,6 +83,30 @@ class Gram(Statistic):
         made.cross = self.cross + self.count * torch.outer(self.target_mean, self.mean)
         made.target_scatter = self.target_scatter + self.count * self.target_mean.square()
         return made
+
+
+class InputGram(Statistic):
+    """Second moments of the rows that a layer's weight multiplies; fed with the layer's input.
+
+    Attributes:
+        gram: the moments.
+    """
+
+    def __init__(self, layer: Layer, batches: int = 1, seed: int = 0) -> None:
+        """`batches`: how many updates share the rows that are worth taking."""
+        self.gram = Gram()
+        self._layer, self._batches, self._seed = layer, batches, seed
+
+    def update(self, tensor: Tensor) -> None:
+        """Take the input of the layer for one batch in."""
+        layer = self._layer
+        columns = tensor.shape[layer.channel_axis(tensor)] * layer.taps
+        chosen = pick(layer.input_positions(tensor), columns, self._batches, self._seed)
+        self.gram.update(layer.rows_in(tensor, chosen))
+
+    def merge(self, other: "InputGram") -> None:
+        """Take in what another one has seen."""
+        self.gram.merge(other.gram)
 
 
 def _wide(rows: Tensor) -> Tensor:

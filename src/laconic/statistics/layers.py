@@ -19,6 +19,10 @@ from laconic.program.program import Program
 _PLAIN = {"aten.linear": ("input", "weight", "bias"), "aten.addmm": ("mat1", "mat2", "self")}
 _PRODUCTS = {"aten.mm", "aten.matmul"}
 _CONVOLUTIONS = {"aten.convolution": 0, "aten.conv1d": 1, "aten.conv2d": 2}
+WORK = 2e10
+"""Multiply-adds that the second moments of one layer may cost."""
+ROWS = 131_072
+"""More rows than that make no fit better."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,15 @@ class Layer:
         """How many rows the output has, over all samples."""
         return output.numel() // output.shape[self.channel_axis(output)]
 
+    def input_positions(self, x: Tensor) -> int:
+        """How many rows the output for input `x` has, over all samples."""
+        places = x.numel() // x.shape[-1] if not self.space else x.shape[0]
+        for dim in range(self.space):
+            reach = self.dilation[dim] * (self.kernel[dim] - 1) + 1
+            room = x.shape[2 + dim] + sum(self.padding[dim]) - reach
+            places *= room // self.stride[dim] + 1
+        return places
+
     def rows_out(self, output: Tensor, pick: Tensor | None) -> Tensor:
         """`[positions, out]` of an output-shaped tensor; `pick` selects positions."""
         rows = output.movedim(self.channel_axis(output), -1).flatten(0, -2)
@@ -105,6 +118,20 @@ def layers(program: Program) -> list[Layer]:
             readers[name] = readers.get(name, 0) + len(node.users)
     tied = set(program.aliases.values())
     return [_marked(layer, readers[layer.weight] > 1 or layer.weight in tied) for layer in found]
+
+
+def pick(positions: int, columns: int, batches: int, seed: int) -> Tensor | None:
+    """Ascending positions of one batch that serve as rows, or None for all of them.
+
+    Enough rows in all batches together for `columns` unknowns, as many as `WORK` multiply-adds
+    afford. The same for every batch of one shape, so that halves of the data merge exactly.
+    """
+    rows = min(max(8 * columns, int(WORK / (2 * columns**2))), ROWS)
+    wanted = -(-rows // max(batches, 1))
+    if positions <= wanted:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(positions, generator=generator)[:wanted].sort().values
 
 
 def _marked(layer: Layer, shared: bool) -> Layer:

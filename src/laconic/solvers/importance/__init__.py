@@ -1,0 +1,1 @@
+"""Scores of what a channel is worth, one file each."""

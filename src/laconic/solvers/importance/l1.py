@@ -1,0 +1,20 @@
+"""Sum of absolute weights of each channel (Li et al. 2017, "Pruning filters").
+
+Needs no data. Every weight that writes or reads the channel counts, relative to the mean of its
+group. A weak guide: it ignores the scale of the activations.
+"""
+
+from typing import ClassVar
+
+from laconic.solvers.elimination import Removal, by_score
+from laconic.solvers.importance.base import Importance, Scene, norms_of
+
+
+class L1(Importance):
+    """Absolute weights."""
+
+    needs_data: ClassVar[bool] = False
+
+    def removals(self, scene: Scene) -> dict[str, Removal]:
+        """The smallest sums first."""
+        return {g.name: by_score(norms_of(scene.program, g, 1)) for g in scene.groups}
