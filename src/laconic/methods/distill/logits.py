@@ -100,7 +100,10 @@ class Logits(Plan, Method):
             stack.enter_context(tapped(student, list(pairs)))
             trained = train(self._job(program, names, objective, plan, context))
         made = freeze(student) if is_frozen(program) else student
-        resolved = {"loss": kind, "teacher": runs_in, "nodes": pairs or None}
+        own = self.model_dump(mode="json", exclude_defaults=True)
+        resolved = {**own, **_decided(trained.plan), "loss": kind, "teacher": runs_in}
+        if pairs:
+            resolved["nodes"] = pairs
         return _outcome(made, trained, context.task, resolved, [*notes, *trained.notes])
 
     @staticmethod
@@ -173,8 +176,11 @@ def _outcome(
         "history": history,
         "seconds": trained.seconds,
     }
-    settled = trained.plan.model_dump(mode="json", exclude={"save_every"})
-    return Outcome(program=made, resolved={**settled, **resolved}, notes=notes, figures=figures)
+    return Outcome(program=made, resolved=resolved, notes=notes, figures=figures)
+
+
+def _decided(plan: Plan) -> dict[str, Any]:
+    return plan.model_dump(mode="json", exclude={"save_every"})
 
 
 def _score(objective: Distillation, device: torch.device) -> Callable[[Program, str], float] | None:
