@@ -121,6 +121,10 @@ class Augmented:
     def __len__(self) -> int:
         return len(self.labels) // self.size
 
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is number `epoch`, whatever came before; the training loop says so."""
+        self.passes = epoch
+
     def __iter__(self) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(self.seed + self.passes)
         self.passes += 1
