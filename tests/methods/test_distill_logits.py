@@ -97,9 +97,7 @@ def test_learning_from_oneself_is_no_change(original):
 
 
 def test_it_recovers_on_unlabelled_data(original, narrow):
-    task = classification(
-        train=images(12), validation=labelled(original, images(4, seed=1))
-    )
+    task = classification(train=images(12), validation=labelled(original, images(4, seed=1)))
     before = tensors(narrow)
     made = apply({"steps": 120, "lr": 0.05}, narrow, original, task)
     history = made.figures["history"]
@@ -177,7 +175,9 @@ def test_sites_choose_what_is_trained(original, narrow):
     task = classification(train=images())
     method = Logits(**SHORT)
     made = method.apply(narrow, Sites.of(["head", "!*.bias"]), context(original, task))
-    changed = {n for n, t in made.program.named_parameters() if not torch.equal(t, narrow.tensor(n))}
+    changed = {
+        n for n, t in made.program.named_parameters() if not torch.equal(t, narrow.tensor(n))
+    }
     assert changed == {"head.weight"}
     assert all(p.requires_grad for p in made.program.parameters())
 
@@ -235,7 +235,9 @@ def test_language_models():
     student.set_tensor("1.weight", teacher.tensor("1.weight") + 0.2 * torch.randn(13, 8))
     generator = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 13, (4, 6), generator=generator) for _ in range(5)]
-    task = language_modelling(train=[(i, i.roll(-1, 1)) for i in ids], validation=[(ids[0], ids[1])])
+    task = language_modelling(
+        train=[(i, i.roll(-1, 1)) for i in ids], validation=[(ids[0], ids[1])]
+    )
     made = apply({"steps": 40, "lr": 0.01, "alpha": 0.9}, student, teacher, task)
     assert made.resolved["loss"] == "kl"
     assert made.figures["history"][-1]["loss"] < made.figures["history"][1]["loss"]
@@ -300,7 +302,9 @@ def test_quantised_programs_train_straight_through(original, precision, stored):
     assert is_frozen(made.program) == stored
     assert made.program.tensor("stem.weight").dtype == before.dtype
     assert not torch.equal(made.program.tensor("stem.weight"), before)
-    assert torch.equal(made.program.tensor("stem.weight_scale"), program.tensor("stem.weight_scale"))
+    assert torch.equal(
+        made.program.tensor("stem.weight_scale"), program.tensor("stem.weight_scale")
+    )
     assert made.figures["history"][-1]["loss"] < made.figures["history"][0]["loss"]
     assert torch.equal(freeze(made.program)(images(1)[0]), made.program(images(1)[0]))
 
@@ -366,7 +370,9 @@ def test_resumes_from_its_folder(original, narrow, tmp_path):
             raise RuntimeError("power cut")
         return (batch[0],), batch[1]
 
-    cut = classification(train=labelled(original, task.train), validation=task.validation, split=failing)
+    cut = classification(
+        train=labelled(original, task.train), validation=task.validation, split=failing
+    )
     task = classification(train=cut.train, validation=task.validation)
     whole = apply(options, narrow, original, task)
     with pytest.raises(RuntimeError, match="power cut"):
