@@ -29,7 +29,7 @@ Integers: TypeAlias = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class NodeCost:
-    """One operator: `macs` per sample, elements and bytes of the stored tensors it is first to read."""
+    """One operator: `macs` per sample; elements and bytes of the tensors it is first to read."""
 
     node: str
     operator: str
@@ -42,7 +42,7 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """Totals and rows; `unknown`: operator → nodes that nobody described and that count for nothing."""
+    """Totals and rows; `unknown`: operator → nodes nobody described, which count for nothing."""
 
     rows: tuple[NodeCost, ...]
     macs: int
@@ -168,7 +168,7 @@ class CostModel:
     def per_index(
         self, sizes: Mapping[str, int] | Integers | None = None
     ) -> tuple[Integers, Integers]:
-        """What one index of every group saves, (multiply-adds, parameters), when the rest is `sizes`."""
+        """What one index of every group saves when the rest is `sizes`: (macs, params)."""
         row = self._row(self.sizes if sizes is None else sizes)
         fewer = np.maximum(row - np.eye(row.shape[1], dtype=np.int64), 0)
         every = np.concatenate([row, fewer])

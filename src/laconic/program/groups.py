@@ -129,7 +129,7 @@ class Groups(Sequence[Group]):
         return found
 
     def describe(self) -> str:
-        """A table for people: every group with its size and members, then what is frozen and why."""
+        """A table for people: every group with its members, then what is frozen and why."""
         lines: list[str] = []
         for group in self:
             lines.append(f"{group.name}  [{group.size}]")

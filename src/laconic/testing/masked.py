@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from laconic.core.errors import LaconicError
 from laconic.program.equations import arguments, operator_name
@@ -72,8 +73,8 @@ class Living(fx.Interpreter):
         if n.target is operator.getitem:
             source, index = n.args
             return args[0][index], self.alive[source][index]  # type: ignore[index]
-        values = fx.node.map_arg(arguments(n), lambda m: self.env[m])
-        masks = fx.node.map_arg(arguments(n), lambda m: self.alive.get(m))
+        values = map_arg(arguments(n), lambda m: self.env[m])
+        masks = map_arg(arguments(n), lambda m: self.alive.get(m))
         rule = _rule(n)
         if rule is not None:
             return rule(self, dict(values), dict(masks))  # type: ignore[call-overload]
@@ -94,7 +95,7 @@ class Living(fx.Interpreter):
     def again(self, changed: Arguments | None = None) -> Any:
         """The operator of the current node once more, with some arguments exchanged."""
         n = self.node
-        given: Arguments = dict(fx.node.map_arg(arguments(n), lambda m: self.env[m]))  # type: ignore[call-overload]
+        given: Arguments = dict(map_arg(arguments(n), lambda m: self.env[m]))  # type: ignore[call-overload]
         given |= changed or {}
         slots = n.target._schema.arguments  # type: ignore[union-attr]
         plain = [given[s.name] for s in slots if not s.kwarg_only]
@@ -148,7 +149,7 @@ def _elementwise(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return value, alive
 
 
-def _first(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _first(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     """Alive as the first operand is."""
     return run.again(), next(iter(m.values()))
 
@@ -181,7 +182,7 @@ def _padded(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return value, inside | (outside & line)
 
 
-def _rows(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _rows(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     """linear: alive where the row of the weight is, and where there is a living input."""
     rows, inputs = m["weight"].any(-1), m["input"].any(-1)
     value = run.again()
@@ -200,7 +201,7 @@ def _convolved(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return value, channels.view(-1, *[1] * space).expand(value.shape)
 
 
-def _product(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _product(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     """Matrix products: alive where any of the products that are summed is."""
     masks = {k: _numbers(mask) for k, mask in m.items() if _is(mask) or _is_list(mask)}
     extra = masks.pop("self", None) if "mat1" in m or "batch1" in m else None
@@ -218,7 +219,7 @@ def _numbers(mask: Any) -> Any:
     return [one.float() for one in mask] if isinstance(mask, (list, tuple)) else mask.float()
 
 
-def _attention(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _attention(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     """Dead heads, and dead places in a head, are zero; the scale is that of the full head."""
     query = m["query"].any(-1, keepdim=True)
     value = m["value"].any(-2, keepdim=True)
@@ -228,7 +229,7 @@ def _attention(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return result, (query & value).expand(result.shape)
 
 
-def _over_space(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _over_space(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     """Pooling and resampling: a channel is dead everywhere or nowhere."""
     mask = next(iter(m.values()))
     name = operator_name(run.node)
@@ -248,7 +249,7 @@ def _dims(v: Arguments, count: int) -> list[int]:
     return [d % count for d in ([asked] if isinstance(asked, int) else asked)]
 
 
-def _mean(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _mean(_: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     x, mask = v["self"], m["self"]
     dims, keep = _dims(v, x.ndim), bool(v.get("keepdim"))
     count = mask.sum(dims, keepdim=keep)
@@ -304,7 +305,7 @@ def _layer_norm(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return (value if v.get("bias") is None else value + v["bias"]), mask
 
 
-def _group_norm(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _group_norm(_: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     x, mask, groups = v["input"], m["input"], v["num_groups"]
     shape = (x.shape[0], groups, -1)
     value = _normed(x.reshape(shape), mask.reshape(shape), [2], v["eps"], True).view(x.shape)
@@ -329,7 +330,7 @@ def _glu(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return run.again(), one & other
 
 
-def _made(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+def _made(run: Living, *_: Arguments) -> tuple[Any, Any]:
     value = run.again()
     return value, _all(value)
 
@@ -357,7 +358,10 @@ def _table() -> dict[str, Rule]:
         "dropout feature_dropout clone contiguous to _to_copy alias detach lift_fresh_copy type_as "
         "cumsum tril triu zeros_like ones_like full_like bucketize"
     )
-    pointwise = "where masked_fill multiply subtract divide negative __and__ __or__ hardswish hardsigmoid hardtanh relu6 mish _weight_norm"
+    pointwise = (
+        "where masked_fill multiply subtract divide negative __and__ __or__ hardswish "
+        "hardsigmoid hardtanh relu6 mish _weight_norm"
+    )
     table: dict[str, Rule] = {name: _moved("self") for name in moved.split()}
     table |= {name: _first for name in first.split()}
     table |= {name: _elementwise for name in pointwise.split()}

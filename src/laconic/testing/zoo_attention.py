@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ZOO: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {}
-
 
 class Transformer(nn.Module):
     """Embedding, one block around `attention`, and a head: the frame of the models below."""
@@ -63,7 +61,7 @@ class FusedSplit(nn.Module):
 
 
 class PerHead(nn.Module):
-    """One matrix viewed as (heads, 3 x size), every head with its own three (as GPT-NeoX has it)."""
+    """One matrix viewed as (heads, 3 x size), every head with its own three."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +75,7 @@ class PerHead(nn.Module):
 
 
 class Batched(nn.Module):
-    """Heads folded into the batch: (batch x heads, length, size) and `baddbmm` with a head's slope."""
+    """Heads folded into the batch, and `baddbmm` with a slope for each head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +138,7 @@ def _rotate(x: Tensor) -> Tensor:
 
 
 class Interleaved(nn.Module):
-    """Grouped queries by `enable_gqa`; rotary positions that couple neighbours; norms of q and k."""
+    """Grouped queries by `enable_gqa`; rotary positions that couple neighbours."""
 
     frequency: Tensor
 
@@ -226,7 +224,7 @@ class Windows(nn.Module):
 
 
 class TiedLanguageModel(nn.Module):
-    """Embeddings tied to the output, learned positions, two blocks of `nn.TransformerEncoderLayer`."""
+    """Embeddings tied to the output, learned positions, two `nn.TransformerEncoderLayer`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +269,7 @@ def _framed(
     return lambda: (Transformer(attention()), (torch.randn(2, 9, 6),))
 
 
-ZOO |= {
+ZOO: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "fused_view": _framed(FusedView),
     "fused_split": _framed(FusedSplit),
     "per_head": _framed(PerHead),

@@ -7,8 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-ZOO: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {}
-
 
 def _image(channels: int = 3, size: int = 8) -> tuple[Tensor, ...]:
     return (torch.randn(2, channels, size, size),)
@@ -98,7 +96,7 @@ class DenseNet(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """Inverted residuals with depthwise convolutions, one with a depth multiplier; SE; hardswish."""
+    """Inverted residual: depthwise with a multiplier, squeeze and excite, hardswish."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +133,7 @@ class Grouped(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, up by transposed convolutions (one of them grouped), skips by concatenation, resizing."""
+    """Down, up by transposed convolutions (one grouped), skips by concatenation, resizing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,8 +157,9 @@ class OneChannel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 1), nn.ReLU(),
-                                  nn.Conv2d(1, 12, 3), nn.InstanceNorm2d(12, affine=True))  # fmt: skip
+        narrow = (nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 1), nn.ReLU())
+        wide = (nn.Conv2d(1, 12, 3), nn.InstanceNorm2d(12, affine=True))
+        self.body = nn.Sequential(*narrow, *wide)
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -267,7 +266,7 @@ class Volume(nn.Module):
 
 
 class ConvNeXt(nn.Module):
-    """Depthwise convolution, channels-last layer norm, layer scale, channels-first norm written out."""
+    """Depthwise, channels-last layer norm, layer scale, a channels-first norm written out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -293,7 +292,7 @@ class ConvNeXt(nn.Module):
         return self.head((x + y.permute(0, 3, 1, 2)).mean([-2, -1]))
 
 
-ZOO |= {
+ZOO: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "plain_cnn": lambda: (PlainCNN(), _image()),
     "resnet": lambda: (ResNet(), _image()),
     "padded_shortcut": lambda: (PaddedShortcut(), _image()),

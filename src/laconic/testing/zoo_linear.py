@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ZOO: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {}
-
 
 def _rows(*shape: int) -> tuple[Tensor, ...]:
     return (torch.randn(*shape),)
@@ -145,7 +143,7 @@ class TwoOutputs(nn.Module):
         return {"feature": feature, "logits": self.head(feature)}
 
 
-ZOO |= {
+ZOO: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {
     "no_bias": lambda: (NoBias(), _rows(2, 10)),
     "shared_module": lambda: (Shared(), _rows(2, 10)),
     "tied_autoencoder": lambda: (TiedAutoencoder(), _rows(2, 12)),

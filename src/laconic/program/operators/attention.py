@@ -8,7 +8,7 @@ from laconic.program.rewrites import Pin
 
 
 def attention(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """query [..., h, n, e], key [..., h, m, e], value [..., h, m, v], mask [..., n, m].
+    """Query [..., h, n, e], key [..., h, m, e], value [..., h, m, v], mask [..., n, m].
 
     The scale that follows from the head size is pinned to its original value. With `enable_gqa`,
     query heads = key heads x queries per key. Multiply-adds: both products; the softmax is free.

@@ -12,7 +12,7 @@ from laconic.program.equations import Arguments, Dims, Equations, Row
 
 
 def convolution(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """input [n, in, ...], weight [out, in/groups, ...], bias [out] → [n, out, ...]."""
+    """Input [n, in, ...], weight [out, in/groups, ...], bias [out] → [n, out, ...]."""
     x, weight = see.dims(a["input"]), see.dims(a["weight"])
     space = len(weight) - 2
     batch, channels = x[: -space - 1], x[-space - 1]
@@ -25,7 +25,7 @@ def convolution(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 
 
 def transposed(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """input [n, in, ...], weight [in, out/groups, ...], bias [out] → [n, out, ...]."""
+    """Input [n, in, ...], weight [in, out/groups, ...], bias [out] → [n, out, ...]."""
     x, weight = see.dims(a["input"]), see.dims(a["weight"])
     space = len(weight) - 2
     batch, channels = x[: -space - 1], x[-space - 1]
@@ -73,5 +73,5 @@ def _describe(
 
 
 ROWS: dict[str, Row] = {"aten.convolution": general}
-ROWS |= {f"aten.conv{n}d": convolution for n in (1, 2, 3)}
-ROWS |= {f"aten.conv_transpose{n}d": transposed for n in (1, 2, 3)}
+ROWS.update({f"aten.conv{n}d": convolution for n in (1, 2, 3)})
+ROWS.update({f"aten.conv_transpose{n}d": transposed for n in (1, 2, 3)})

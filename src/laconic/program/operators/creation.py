@@ -40,7 +40,7 @@ def fixed(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return see.rigid(node, "values depend on the position", *shape)
 
 
-def meshgrid(see: Equations, node: fx.Node, a: Arguments) -> list[Dims]:
+def meshgrid(see: Equations, _: fx.Node, a: Arguments) -> list[Dims]:
     """Every tensor along its own axis."""
     axes = [(*see.dims(tensor), Atom(1))[0] for tensor in a["tensors"]]
     if a.get("indexing") == "xy":
@@ -50,8 +50,8 @@ def meshgrid(see: Equations, node: fx.Node, a: Arguments) -> list[Dims]:
 
 _FILLED = "full zeros ones empty new_full new_zeros new_ones new_empty"
 ROWS: dict[str, Row] = {f"aten.{name}": filled for name in _FILLED.split()}
-ROWS |= {f"aten.{name}": counted for name in ("arange", "linspace", "logspace")}
-ROWS |= {
-    f"aten.{name}": fixed for name in ("eye", "scalar_tensor", "randn", "rand", "tril_indices")
-}
-ROWS |= {"aten.meshgrid": meshgrid}
+ROWS.update({f"aten.{name}": counted for name in ("arange", "linspace", "logspace")})
+ROWS.update(
+    {f"aten.{name}": fixed for name in ("eye", "scalar_tensor", "randn", "rand", "tril_indices")}
+)
+ROWS.update({"aten.meshgrid": meshgrid})

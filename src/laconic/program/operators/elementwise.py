@@ -1,5 +1,7 @@
 """Operators that work element by element: all operands share their axes, up to broadcasting."""
 
+from collections.abc import Mapping
+
 from torch import fx
 
 from laconic.program.equations import Arguments, Dims, Equations, Row
@@ -39,28 +41,28 @@ def glu(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 def bucketize(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """Looks every element up among boundaries, which stay."""
     see.freeze(node, "values are looked up among them", *see.dims(a.get("boundaries")))
-    return see.dims(a.get("input", a["self"] if "self" in a else None))
+    return see.dims(a["input"] if "input" in a else a["self"])
 
 
 _SAME = (
-    "dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous to _to_copy alias "
-    "detach lift_fresh_copy lift_fresh type_as view_as_real_copy softmax _softmax log_softmax "
-    "_log_softmax zeros_like ones_like full_like empty_like rand_like randn_like native_dropout "
-    "real imag softmin logcumsumexp bernoulli nan_to_num isnan isinf fill zero conj resolve_conj resolve_neg"
+    "dropout feature_dropout alpha_dropout feature_alpha_dropout clone contiguous to _to_copy "
+    "alias detach lift_fresh_copy lift_fresh type_as softmax _softmax log_softmax _log_softmax "
+    "zeros_like ones_like full_like empty_like rand_like randn_like real imag logcumsumexp "
+    "bernoulli nan_to_num fill zero resolve_conj resolve_neg"
 )
 _POINTWISE = (
-    "where masked_fill multiply subtract divide negative __and__ __or__ __xor__ add sub mul div pow addcmul addcdiv lerp clamp float_power "
-    "floor_divide remainder logical_and logical_or logical_not logical_xor bitwise_and bitwise_or "
-    "bitwise_not eq ne lt le gt ge maximum minimum relu relu6 gelu silu hardswish hardsigmoid "
-    "hardtanh leaky_relu elu selu celu mish softplus tanh sigmoid log_sigmoid square rsub true_divide "
-    "clip fmod isclose softshrink hardshrink expand_copy tanhshrink threshold rrelu"
+    "where masked_fill multiply subtract divide negative __and__ __or__ __xor__ float_power "
+    "floor_divide true_divide rsub clip relu6 hardswish hardsigmoid hardtanh selu celu mish "
+    "log_sigmoid rrelu square isclose"
 )
 
-ROWS: dict[str, Row] = {f"aten.{name}": same for name in _SAME.split()}
-ROWS |= {f"aten.{name}": pointwise for name in _POINTWISE.split()}
-ROWS |= {
-    "pointwise": pointwise,
-    "aten.prelu": prelu,
-    "aten.glu": glu,
-    "aten.bucketize": bucketize,
-}
+ROWS: Mapping[str, Row] = (
+    {f"aten.{name}": same for name in _SAME.split()}
+    | {f"aten.{name}": pointwise for name in _POINTWISE.split()}
+    | {
+        "pointwise": pointwise,
+        "aten.prelu": prelu,
+        "aten.glu": glu,
+        "aten.bucketize": bucketize,
+    }
+)

@@ -15,12 +15,11 @@ def slice_(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     x = list(see.dims(a["self"]))
     dim = a["dim"] % len(x)
     size, step = x[dim].size, a["step"] or 1
-    bounds = _bounds(a["start"], 0, size), _bounds(a["end"], size, size)
-    if bounds[0] is None or bounds[1] is None:
+    start, end = _bound(a["start"], 0, size), _bound(a["end"], size, size)
+    if start is None or end is None:
         see.freeze(node, "bounds that depend on the inputs", x[dim])
         x[dim] = see.rigid(node, "bounds that depend on the inputs", node.meta["shape"][dim])[0]
         return tuple(x)
-    start, end = bounds
     if step != 1:
         x[dim] = _strided(see, node, a, x[dim], start, end)
         return tuple(x)
@@ -40,7 +39,7 @@ def slice_(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return tuple(x)
 
 
-def _bounds(value: Any, default: int, size: int) -> int | None:
+def _bound(value: Any, default: int, size: int) -> int | None:
     if value is None:
         return default
     if not isinstance(value, int):
@@ -157,7 +156,7 @@ def roll(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 def ordered(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """Operators for which order along one axis matters, and that keep its size."""
     x = see.dims(node.args[0])
-    see.freeze(node, "order along it matters", *(x[a["dim"]] if "dim" in a and x else x,)[:1])
+    see.freeze(node, "order along it matters", *([x[a["dim"]]] if x else []))
     return x
 
 
@@ -202,7 +201,7 @@ def pad(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 def spectrum(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """Fourier transforms mix all places of an axis, which therefore stays."""
     x = list(see.dims(a["self"]))
-    asked = a["dim"] if "dim" in a else None
+    asked = a.get("dim")
     dims = range(len(x)) if asked is None else [asked] if isinstance(asked, int) else asked
     for dim in dims:
         see.freeze(node, "all places along it are mixed", x[dim])
@@ -243,4 +242,4 @@ ROWS: dict[str, Row] = {
     "aten.unfold": unfold,
 }
 _SPECTRA = "fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn"
-ROWS |= {f"aten.fft_{name}": spectrum for name in _SPECTRA.split()}
+ROWS.update({f"aten.fft_{name}": spectrum for name in _SPECTRA.split()})

@@ -10,28 +10,28 @@ from laconic.program.equations import Arguments, Dims, Equations, Row
 
 
 def linear(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """input [..., in], weight [out, in], bias [out] → [..., out]."""
+    """Input [..., in], weight [out, in], bias [out] → [..., out]."""
     x, weight, bias = see.dims(a["input"]), see.dims(a["weight"]), see.dims(a["bias"])
-    see.same(x[-1], weight[-1], node)
-    see.role(a["weight"], -1 % len(weight), "consumer")
+    *rows, into = weight  # a weight of one dimension has no rows
+    see.same(x[-1], into, node)
+    see.role(a["weight"], len(rows), "consumer")
     see.count(node, *x[:-1], *weight)
-    if len(weight) == 1:
-        return x[:-1]
-    see.role(a["weight"], 0, "producer")
-    if bias:
-        see.same(weight[0], bias[0], node)
-    return (*x[:-1], weight[0])
+    for row in rows:
+        see.role(a["weight"], 0, "producer")
+        for term in bias:
+            see.same(row, term, node)
+    return (*x[:-1], *rows)
 
 
 def matmul(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """As numpy: vectors, matrices, and stacks of matrices that broadcast."""
     left, right = node.args[0], node.args[1]
     one, other = see.dims(left), see.dims(right)
-    inner = other[-2] if len(other) > 1 else other[0]
+    vector = len(other) < 2
+    inner = other[-2:][0]
     see.same(one[-1], inner, node)
     batch = see.broadcast(node, one[:-2], other[:-2])
-    rows = one[-2:-1]
-    columns = other[-1:] if len(other) > 1 else ()
+    rows, columns = one[-2:-1], () if vector else other[-1:]
     see.count(node, *batch, *rows, *columns, inner)
     if len(other) == 2:
         see.role(right, 0, "consumer")
@@ -45,7 +45,7 @@ def matmul(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 
 
 def addmm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """self + mat1 [n, k] @ mat2 [k, m]."""
+    """Self + mat1 [n, k] @ mat2 [k, m]."""
     one, other = see.dims(a["mat1"]), see.dims(a["mat2"])
     see.same(one[1], other[0], node)
     see.count(node, one[0], other[1], one[1])
@@ -55,7 +55,7 @@ def addmm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 
 
 def baddbmm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """self + batch1 [b, n, k] @ batch2 [b, k, m]."""
+    """Self + batch1 [b, n, k] @ batch2 [b, k, m]."""
     one, other = see.dims(a["batch1"]), see.dims(a["batch2"])
     see.same(one[0], other[0], node)
     see.same(one[2], other[1], node)
@@ -106,4 +106,4 @@ ROWS: dict[str, Row] = {
     "aten.einsum": einsum,
     "aten.outer": outer,
 }
-ROWS |= {f"aten.{name}": matmul for name in ("matmul", "mm", "bmm", "mv", "dot")}
+ROWS.update({f"aten.{name}": matmul for name in ("matmul", "mm", "bmm", "mv", "dot")})

@@ -58,7 +58,7 @@ def group_norm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 
 
 def weight_norm(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """g * v / norm(v), the norm over all dimensions but `dim`."""
+    """Weight norm, g * v / norm(v), the norm over all dimensions but `dim`."""
     return see.broadcast(node, see.dims(a["v"]), see.dims(a["g"]))
 
 

@@ -37,7 +37,7 @@ _KINDS = (
 ROWS: dict[str, Row] = {
     f"aten.{name.format(space)}": _over(space) for name in _KINDS.split() for space in (1, 2, 3)
 }
-ROWS |= {f"aten.upsample_{name}": _over(2) for name in ("bilinear2d", "bicubic2d")}
-ROWS |= {"aten._upsample_bilinear2d_aa": _over(2), "aten._upsample_bicubic2d_aa": _over(2)}
-ROWS |= {"aten.upsample_linear1d": _over(1), "aten.upsample_trilinear3d": _over(3)}
-ROWS |= {"aten.im2col": im2col}
+ROWS.update({f"aten.upsample_{name}": _over(2) for name in ("bilinear2d", "bicubic2d")})
+ROWS.update({"aten._upsample_bilinear2d_aa": _over(2), "aten._upsample_bicubic2d_aa": _over(2)})
+ROWS.update({"aten.upsample_linear1d": _over(1), "aten.upsample_trilinear3d": _over(3)})
+ROWS.update({"aten.im2col": im2col})

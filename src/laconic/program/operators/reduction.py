@@ -62,8 +62,7 @@ _REDUCE = (
     "mean sum amax amin prod any all var std norm linalg_vector_norm logsumexp count_nonzero "
     "nansum nanmean square_sum frobenius_norm"
 )
-ROWS: dict[str, Row] = {f"aten.{name}": reduce for name in _REDUCE.split()}
-ROWS |= {
+ROWS: dict[str, Row] = {f"aten.{name}": reduce for name in _REDUCE.split()} | {
     "aten.argmax": by_number,
     "aten.argmin": by_number,
     "aten.max": with_index,

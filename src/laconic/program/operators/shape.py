@@ -23,7 +23,7 @@ def reshape(see: Equations, node: fx.Node, old: Dims, shape: Sequence[int]) -> D
     if any(size == 0 for size in shape):
         see.freeze(node, "an empty tensor", *old)
         return see.rigid(node, "an empty tensor", *shape)
-    result = list(fresh)
+    result: list[Term] = list(fresh)
     place = 0
     for one, other in axes.stretches(old, fresh):
         wide = [term for term in one if term.size != 1]
@@ -49,13 +49,13 @@ def unflatten(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return result
 
 
-def permute(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def permute(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """Dimensions in another order."""
     x = see.dims(a["self"])
     return tuple(x[dim] for dim in a["dims"])
 
 
-def transpose(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def transpose(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """Two dimensions change places."""
     x = list(see.dims(a["self"]))
     one, other = a["dim0"], a["dim1"]
@@ -64,18 +64,18 @@ def transpose(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return tuple(x)
 
 
-def last_two(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def last_two(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """The last two dimensions change places."""
     x = see.dims(a["self"])
     return (*x[:-2], *x[-2:][::-1])
 
 
-def reverse(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def reverse(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """All dimensions in reverse order."""
     return see.dims(a["self"])[::-1]
 
 
-def movedim(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def movedim(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """Dimensions move to other places."""
     x = see.dims(a["self"])
     source, target = (
@@ -87,7 +87,7 @@ def movedim(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return tuple(moved[place] if place in moved else next(rest) for place in range(len(x)))
 
 
-def squeeze(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def squeeze(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """Dimensions of size one go."""
     x = see.dims(a["self"])
     asked = a.get("dim")
@@ -96,7 +96,7 @@ def squeeze(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return tuple(term for place, term in enumerate(x) if place not in gone)
 
 
-def unsqueeze(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+def unsqueeze(see: Equations, _: fx.Node, a: Arguments) -> Dims:
     """A dimension of size one comes."""
     x = list(see.dims(a["self"]))
     x.insert(a["dim"] % (len(x) + 1), Atom(1))
