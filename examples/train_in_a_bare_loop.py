@@ -4,7 +4,7 @@ python examples/train_in_a_bare_loop.py
 """
 
 import torch
-from digits import accuracy, batches, data, program
+from small_model import accuracy, batches, data, program
 from torch.nn import functional
 
 

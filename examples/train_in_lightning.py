@@ -6,7 +6,7 @@ python examples/train_in_lightning.py
 
 import lightning
 import torch
-from digits import accuracy, batches, data, program
+from small_model import accuracy, batches, data, program
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,7 +18,7 @@ class Classifier(lightning.LightningModule):
         super().__init__()
         self.model = model
 
-    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
         return functional.cross_entropy(self.model(images), labels)
 

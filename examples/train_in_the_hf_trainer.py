@@ -10,7 +10,7 @@ the branch that computes the loss, because a Program is one fixed graph.
 import tempfile
 
 import torch
-from digits import accuracy, data, program
+from small_model import accuracy, data, program
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments

@@ -26,7 +26,7 @@ def network() -> nn.Module:
 
 
 def program() -> laconic.Program:
-    """A captured network. `laconic.compress(...).program` and `laconic.load(path)` give the same."""
+    """A captured network; `laconic.compress(...).program` and `laconic.load(path)` are the same."""
     torch.manual_seed(0)
     return laconic.capture(network(), (torch.zeros(2, 1, 8, 8),))
 
