@@ -32,7 +32,7 @@ from laconic.program.freezing import freeze
 from laconic.program.program import FAKE_QUANTIZE, Program
 from laconic.program.sites import Sites
 from laconic.solvers import bias_correction as biases
-from laconic.solvers import folding, insertion, placement, ranges, sensitivity
+from laconic.solvers import folding, insertion, placement, ranges, sensitivity, smoothing
 from laconic.solvers.placement import Place, WeightSite
 from laconic.solvers.ranges import Grid
 from laconic.statistics.base import Statistic
@@ -61,6 +61,8 @@ class QuantizeStatic(Method):
         symmetric: True: signed activations have zero point 0; False: all have the zero point that
             fits best; "auto": symmetric at convolutions, additions and products of two activations
             (fastest there), with a zero point in front of linear layers.
+        smoothing: how far outlier channels in front of linear layers on sequences are moved into
+            the weights, 0 to 1; None leaves them.
         bias_correction: "none", "analytic" or "empirical".
         samples: calibration samples.
         skip_above: an activation whose quantisation alone moves the outputs by more than this share
@@ -79,6 +81,7 @@ class QuantizeStatic(Method):
     percentile: float = Field(default=99.99, gt=50, le=100)
     symmetric: bool | Literal["auto"] = "auto"
     bias_correction: Literal["none", "analytic", "empirical"] = "analytic"
+    smoothing: float | None = Field(default=0.85, ge=0, le=1)
     samples: int = Field(default=300, ge=1)
     skip_above: float | None = Field(default=0.01, gt=0)
     freeze: bool = False
@@ -102,6 +105,7 @@ class QuantizeStatic(Method):
         if not work.sites and not work.places:
             work.notes.append("nothing to quantise: no float weight of a known operator is left")
             return Outcome(program=work.program, notes=work.notes)
+        self._smooth(work)
         self._calibrate(work)
         self._insert_activations(work)
         if self.weights:
@@ -119,6 +123,7 @@ class QuantizeStatic(Method):
                 "folded": len(folded.folded),
                 "weights": len(work.sites) if self.weights else 0,
                 "activations": len(work.grids),
+                "smoothed": len(work.smoothed),
                 "sensitivity": work.errors,
             },
         )
@@ -132,10 +137,12 @@ class QuantizeStatic(Method):
         chosen = set(_chosen(work.program, sites, names))
         work.notes += notes
         work.sites = [site for site in found if site.name in chosen]
+        work.operators = [name for name in operators if name in chosen]
+        self._place(work)
+
+    def _place(self, work: "_Work") -> None:
         if self.activations:
-            work.places = placement.places(
-                work.program, work.sites, [name for name in operators if name in chosen]
-            )
+            work.places = placement.places(work.program, work.sites, work.operators)
 
     def _is_symmetric(self, place: Place) -> bool:
         if self.symmetric != "auto":
@@ -143,6 +150,19 @@ class QuantizeStatic(Method):
         return place.kinds != {"matrix"} or any(
             placement.base_name(user).startswith("conv") for user in place.users
         )
+
+    def _smooth(self, work: "_Work") -> None:
+        if self.smoothing is None or not (self.activations and self.weights):
+            return
+        work.smoothed = smoothing.smooth(
+            work.program,
+            work.sites,
+            work.batches(self.samples),
+            self.smoothing,
+            work.context.progress,
+        )
+        if work.smoothed:
+            self._place(work)
 
     # calibration ------------------------------------------------------------------------------
 
@@ -277,6 +297,8 @@ class _Work:
     program: Program
     context: Context
     sites: list[WeightSite] = field(default_factory=list[WeightSite])
+    operators: list[str] = field(default_factory=list[str])
+    smoothed: list[str] = field(default_factory=list[str])
     places: list[Place] = field(default_factory=list[Place])
     notes: list[str] = field(default_factory=list[str])
     histograms: dict[str, Histogram] = field(default_factory=dict[str, Histogram])
