@@ -1,4 +1,4 @@
-"""The demo's task: scikit-learn's 1,797 scanned digits, and a small CNN that learns them in seconds.
+"""The demo's task: scikit-learn's 1,797 scanned digits, and a small CNN that learns them fast.
 
 Split once: 700 images to train on, 800 to choose on, 297 to look at once, at the end. With an exact
 paired test, "at most 0.5 points lost" can be certified from about 600 images without a loss.

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,6 +91,17 @@ def check_finite(value: Any, where: str) -> None:
     elif isinstance(value, (tuple, list)):
         for item in value:
             check_finite(item, where)
+
+
+def with_finite_inputs(task: Task, where: str) -> Task:
+    """The task, but splitting a batch with NaN or infinite inputs raises a DataError."""
+
+    def split(batch: Any) -> tuple[Any, Any]:
+        inputs, targets = task.split(batch)
+        check_finite(inputs, where)
+        return inputs, targets
+
+    return replace(task, split=split)
 
 
 def call(program: Program, inputs: Any) -> Any:

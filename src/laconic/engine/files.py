@@ -7,9 +7,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 from laconic import runtimes, storage
-from laconic.core.errors import ExportError, StorageError
+from laconic.core.errors import ExportError, RecipeError, StorageError
+from laconic.core.suggest import nearest
+from laconic.program.freezing import freeze
 from laconic.program.program import Program
-from laconic.runtimes.base import Precision, Runtime, quantized
+from laconic.runtimes.base import PRECISIONS, Precision, Runtime, quantized
 
 NAME = "model"
 
@@ -42,8 +44,35 @@ def staged(folder: Path) -> Generator[Path]:
 
 def precisions(program: Program, engine: Runtime) -> list[Precision]:
     """What a Program can be run at: integers where it is quantised, otherwise every float kind."""
-    wanted: tuple[Precision, ...] = ("int8",) if quantized(program) else ("fp32", "bf16")
+    integers = quantized(program) and "int8" in engine.precisions
+    wanted: tuple[Precision, ...] = ("int8",) if integers else ("fp32", "bf16")
     return [kind for kind in wanted if not engine.check(program, kind)]
+
+
+def as_precision(name: str) -> Precision:
+    """A precision's name, checked.
+
+    Raises:
+        RecipeError: there is none of that name; the nearest is named.
+    """
+    for known in PRECISIONS:
+        if name == known:
+            return known
+    raise RecipeError(f"no precision named {name!r}", hint=nearest(name, PRECISIONS))
+
+
+def pick_precision(program: Program, engine: Runtime, name: str | None) -> Precision:
+    """The precision asked for, or the first one the runtime has for this Program.
+
+    Raises:
+        ExportError: the runtime cannot do it; every obstacle is named.
+    """
+    if name is not None:
+        return as_precision(name)
+    able = precisions(program, engine)
+    if not able:
+        engine.demand(program, "fp32")
+    return able[0] if able else "fp32"
 
 
 def write_models(program: Program, stage: Path, deploy: tuple[str, Precision] | None) -> list[str]:
@@ -55,7 +84,7 @@ def write_models(program: Program, stage: Path, deploy: tuple[str, Precision] | 
     Raises:
         StorageError: the disk is full.
     """
-    storage.save(program, stage / f"{NAME}.laconic")
+    storage.save(freeze(program), stage / f"{NAME}.laconic")
     refused: list[str] = []
     chosen = deploy[0] if deploy else ""
     for name in dict.fromkeys(("onnxruntime", "openvino", chosen)):

@@ -11,6 +11,7 @@ from laconic.engine.result import StepRecord, changes_from_json, changes_to_json
 from laconic.engine.store import Store, fingerprint, key_of
 from laconic.methods.base import Changes, Context, Method, Outcome, method_of
 from laconic.program.cost import cost
+from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 
@@ -188,7 +189,7 @@ def _figures(program: Program, key: str, bench: Bench) -> dict[str, float]:
     kept = bench.store.get(f"{key}-figures")
     if kept is not None:
         return kept
-    total = cost(program)
+    total = cost(freeze(program))
     figures: dict[str, float] = {
         "macs": total.macs,
         "parameters": total.params,

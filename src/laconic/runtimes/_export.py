@@ -23,6 +23,8 @@ def lower_weights(program: Program) -> fx.GraphModule:
     """
     module = program.clone().as_graph_module()
     for node in list(module.graph.nodes):
+        if node.op == "placeholder":
+            node.target = node.name  # they differ where an argument is called like a builtin
         sources: Any = node.args[:3]
         stored = all(is_tensor(source) for source in sources)
         if node.target is FAKE_QUANTIZE and stored:

@@ -1,0 +1,34 @@
+"""What several verbs do with the file they are given."""
+
+from pathlib import Path
+
+from laconic import storage
+from laconic.core.errors import StorageError
+from laconic.engine.check import example_of
+from laconic.engine.taskfile import TaskFile, read_task_file
+from laconic.program.capture import capture
+from laconic.program.program import Program
+
+
+def captured(found: TaskFile) -> Program:
+    """The model of a task file as a Program."""
+    example = found.example_inputs
+    return capture(found.model, example_of(found.task) if example is None else example)
+
+
+def program_of(path: Path) -> Program:
+    """The Program in a `.laconic` file, or the captured model of a task file.
+
+    Raises:
+        StorageError: the file is neither, is missing or damaged.
+    """
+    if path.suffix == ".py":
+        return captured(read_task_file(path))
+    if path.is_dir():
+        path = path / "model.laconic"
+    if path.exists() and path.suffix != ".laconic":
+        raise StorageError(
+            f"is a {path.suffix or 'nameless'} file, expected .laconic or a task file (.py)",
+            where=str(path),
+        )
+    return storage.load(path)

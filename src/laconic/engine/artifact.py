@@ -1,0 +1,234 @@
+"""Open any file that Laconic writes, and run it: one door for every runtime."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from laconic import runtimes, storage
+from laconic.core.errors import DataError, ExportError
+from laconic.core.suggest import nearest
+from laconic.engine.files import as_precision
+from laconic.program.program import Program
+from laconic.runtimes.base import Array, Precision, Runtime, Shapes, batch_of
+from laconic.runtimes.openvino import openvino
+
+EAGER = "eager"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """A file ready to run.
+
+    Attributes:
+        path: the file.
+        inputs: names of its inputs, in order.
+        outputs: names of its outputs, in order; empty where only running it tells how many.
+        run: arrays in the order of `inputs` → arrays in the order of the outputs.
+        conditions: runtime, precision, threads.
+        program: the Program, for a `.laconic` file.
+    """
+
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: Callable[[Sequence[Array]], list[Array]]
+    conditions: Mapping[str, Any]
+    program: Program | None = None
+
+
+def suffixes() -> dict[str, Runtime]:
+    """File suffix → the runtime that writes it."""
+    return {engine.suffix: engine for engine in map(runtimes.get, runtimes.names())}
+
+
+def open_artifact(
+    path: Path,
+    *,
+    runtime: str | None = None,
+    precision: Precision = "fp32",
+    threads: int | None = None,
+    shapes: Shapes | None = None,
+) -> Artifact:
+    """Open a `.laconic`, `.onnx`, `.xml` or `.pt2` file.
+
+    Args:
+        path: the file.
+        runtime: which runtime runs it; by default the one that writes such files.
+        precision: of float operators; a `.laconic` file always runs in fp32.
+        threads: of the runtime.
+        shapes: fixed input shapes by name.
+
+    Raises:
+        ExportError: no such file, an unknown suffix, or a file the runtime cannot open.
+        StorageError: a `.laconic` file that is truncated or altered.
+    """
+    if not path.exists():
+        raise ExportError("no such file", where=str(path))
+    if path.suffix == ".laconic":
+        return of_program(storage.load(path), path)
+    known = suffixes()
+    if path.suffix not in known:
+        raise ExportError(
+            f"is of no known kind {path.suffix!r}",
+            where=str(path),
+            hint=nearest(path.suffix, [*known, ".laconic"]),
+        )
+    engine = runtimes.get(runtime) if runtime else known[path.suffix]
+    runner = engine.load(path, precision, threads, shapes)
+    return Artifact(
+        path=path, inputs=runner.inputs, outputs=(), run=runner.run, conditions=runner.conditions
+    )
+
+
+def of_program(program: Program, path: Path) -> Artifact:
+    """A Program itself, run by torch."""
+    names = tuple(node.name for node in program.placeholders)
+
+    def run(inputs: Sequence[Array]) -> list[Array]:
+        try:
+            with torch.no_grad():
+                outputs = program.run_flat(*map(torch.from_numpy, inputs))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            first = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise DataError(f"the inputs do not fit: {first}", where=str(path)) from error
+        return [output.detach().numpy() for output in outputs]
+
+    conditions = {"runtime": EAGER, "precision": "fp32", "threads": torch.get_num_threads()}
+    return Artifact(
+        path=path,
+        inputs=names,
+        outputs=output_names(program.signature.output),
+        run=run,
+        conditions=conditions,
+        program=program,
+    )
+
+
+def output_names(structure: Mapping[str, Any]) -> tuple[str, ...]:
+    """A name for every tensor of an output structure: the keys on the way to it."""
+    found: dict[int, str] = {}
+    _name_outputs(structure, "", found)
+    return tuple(found[index] or "output" for index in sorted(found))
+
+
+def _name_outputs(structure: Mapping[str, Any], path: str, found: dict[int, str]) -> None:
+    if "tensor" in structure:
+        found[structure["tensor"]] = path
+        return
+    nest = next((structure[k] for k in ("tuple", "list", "dict", "record") if k in structure), ())
+    pairs = nest.items() if isinstance(nest, Mapping) else enumerate(nest)
+    for key, item in pairs:
+        own = f"output_{key}" if isinstance(key, int) else str(key)
+        _name_outputs(item, f"{path}.{key}" if path else own, found)
+
+
+def arrange(given: Mapping[str, Array], artifact: Artifact) -> list[Array]:
+    """Named arrays in the order of the artifact's inputs.
+
+    Raises:
+        DataError: names that do not fit; with as many arrays as inputs and none of the names,
+            they are taken in order.
+    """
+    wanted = artifact.inputs
+    if all(name in given for name in wanted):
+        return [np.ascontiguousarray(given[name]) for name in wanted]
+    if len(given) == len(wanted) and not any(name in given for name in wanted):
+        return [np.ascontiguousarray(array) for array in given.values()]
+    missing = next(name for name in wanted if name not in given)
+    raise DataError(
+        f"has no array {missing!r}; {artifact.path.name} takes {', '.join(wanted)}",
+        where="inputs",
+        hint=nearest(missing, given) if given else "the file is empty",
+    )
+
+
+def declared_inputs(path: Path, batch: int) -> dict[str, Array]:
+    """Noise of the shapes a file declares, its dynamic dimensions set to `batch`.
+
+    Raises:
+        DataError: the file does not say (a .pt2); give real inputs.
+    """
+    draw = np.random.default_rng(0)
+    if path.suffix == ".laconic":
+        program = storage.load(path)
+        names = [node.name for node in program.placeholders]
+        pairs = zip(names, batch_of(program, batch), strict=True)
+        return {name: _noise(draw, array.shape, array.dtype) for name, array in pairs}
+    if path.suffix not in (".onnx", ".xml"):
+        raise DataError("does not say what inputs it takes", where=str(path), hint="give --input")
+    if not path.exists():
+        raise ExportError("no such file", where=str(path))
+    try:
+        model = openvino().Core().read_model(str(path))
+    except RuntimeError as error:
+        raise ExportError("cannot be read", where=str(path)) from error
+    found: dict[str, Array] = {}
+    for value in model.inputs:
+        sizes = [batch if dim.is_dynamic else dim.get_length() for dim in value.partial_shape]
+        kind = np.dtype(value.element_type.to_dtype())
+        found[value.get_any_name()] = _noise(draw, tuple(sizes), kind)
+    return found
+
+
+def _noise(draw: np.random.Generator, shape: tuple[int, ...], kind: Any) -> Array:
+    if np.dtype(kind).kind == "f":
+        return draw.standard_normal(shape).astype(kind)
+    return np.ones(shape, kind)
+
+
+def every_way(
+    path: Path,
+    inputs: Mapping[str, Array],
+    engines: Sequence[str] | None,
+    kinds: Sequence[str] | None,
+    threads: int | None,
+) -> list[tuple[str, Artifact]]:
+    """A file in each of its runtimes and precisions, compiled for the shapes of `inputs`.
+
+    Raises:
+        ExportError: it cannot be opened in any of them.
+    """
+    if path.suffix == ".laconic":
+        return [(f"{path} {EAGER}", open_artifact(path))]
+    shapes = {name: array.shape for name, array in inputs.items()}
+    able = list(engines) if engines and path.suffix == ".onnx" else [None]
+    made: list[tuple[str, Artifact]] = []
+    for engine in able:
+        for kind in map(as_precision, kinds) if kinds else _kinds(path, engine):
+            held = open_artifact(
+                path, runtime=engine, precision=kind, threads=threads, shapes=shapes
+            )
+            made.append((f"{path} {held.conditions['runtime']} {kind}", held))
+    return made
+
+
+def _kinds(path: Path, engine: str | None) -> list[Precision]:
+    """The precisions that make a difference for a file: int8 where it holds integers."""
+    runtime = runtimes.get(engine) if engine else suffixes().get(path.suffix)
+    if runtime is None or path.suffix == ".pt2":
+        return ["fp32"]
+    model = openvino().Core().read_model(str(path))
+    kinds = {op.get_type_name() for op in model.get_ops()}
+    if kinds & {"FakeQuantize", "QuantizeLinear", "DequantizeLinear"}:
+        return ["int8"]
+    return [kind for kind in runtime.precisions if kind != "int8"]
+
+
+def shipped_bytes(path: Path) -> int:
+    """Bytes of a file and of what has to ship with it."""
+    engine = suffixes().get(path.suffix)
+    files = engine.files(path) if engine else [path]
+    return sum(file.stat().st_size for file in files)
+
+
+def cosine(first: Array, other: Array) -> str:
+    """Cosine between two outputs, for people; a dash where shapes differ."""
+    if first.shape != other.shape:
+        return "-"
+    a, b = first.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+    length = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return f"{float(a @ b) / length:.6f}" if length else "-"
