@@ -7,7 +7,7 @@ import pytest
 from laconic.methods.base import method_names
 from laconic.testing import contracts
 
-MODELS = ["plain_cnn", "resnet", "per_head", "tied_autoencoder"]
+MODELS = ["plain_cnn", "resnet", "fused_split", "tied_autoencoder"]
 
 
 @functools.cache
