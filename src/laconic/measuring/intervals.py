@@ -134,11 +134,16 @@ class _Region:
         for _ in range(_HALVINGS):
             drop = (drop_low + drop_high) / 2
             share = np.clip((1 + drop / np.maximum(rates, 1e-300)) / 2, 0, 1)[:, None]
-            inside = np.where(k < 0, 0.0, special.bdtr(np.maximum(k, 0), m, share))
-            enough = (weight * inside).sum(1) + _TAIL > alpha
+            enough = (weight * _at_most(k, m, share)).sum(1) + _TAIL > alpha
             drop_low = np.where(enough, drop, drop_low)
             drop_high = np.where(enough, drop_high, drop)
         return drop_high
+
+
+def _at_most(k: Array, m: Array, p: Array) -> Array:
+    """P(at most k of m) for a binomial of rate p; k in [-1, m]."""
+    inner = special.betainc(np.maximum(m - k, 1), np.maximum(k + 1, 1), 1 - p)
+    return np.where(k < 0, 0.0, np.where(k >= m, 1.0, inner))
 
 
 def _binomial(m: Array, n: int, p: Array) -> Array:

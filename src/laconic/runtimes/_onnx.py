@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from laconic.core.errors import ExportError
 from laconic.program.program import Program
 from laconic.runtimes._export import export, lower_weights, quiet
-from laconic.runtimes._onnx_operators import translations
+from laconic.runtimes._onnx_operators import missing, own, refusals
 
 _IR = Any  # onnx_ir and onnxscript objects: loose stubs
 
@@ -31,6 +31,9 @@ def write_onnx(program: Program, path: Path) -> Path:
     Raises:
         ExportError: an operator has no ONNX translation, or the file cannot be written.
     """
+    obstacles = refusals(program)
+    if obstacles:
+        raise ExportError("; ".join(obstacles), where="onnx")
     exported = export(lower_weights(program), program)
     model = _translate(exported)
     _name_dimensions(model, program)
@@ -44,14 +47,14 @@ def write_onnx(program: Program, path: Path) -> Path:
 def _translate(exported: ExportedProgram) -> _IR:
     from torch.onnx import OnnxExporterError
 
-    def convert() -> _IR:
+    def convert(table: dict[Any, Any]) -> _IR:
         with torch.no_grad(), quiet():
             made = torch.onnx.export(
                 exported,
                 dynamo=True,
                 optimize=False,
                 verbose=False,
-                custom_translation_table=translations(),
+                custom_translation_table=table,
             )
             assert made is not None
             made.optimize()
@@ -60,13 +63,13 @@ def _translate(exported: ExportedProgram) -> _IR:
     # The exporter's first step is `exported.run_decompositions`; this graph does without.
     vars(exported)["run_decompositions"] = lambda *_: exported
     try:
-        return convert()
+        return convert(own() | missing())
     except (OnnxExporterError, NotImplementedError):
         pass  # an operator that torch's table lacks: let it be decomposed after all
     finally:
         vars(exported).pop("run_decompositions")
     try:
-        return convert()
+        return convert(own())
     except OnnxExporterError as error:
         found = re.search(r"OpOverload\(op='([^']+)', overload='([^']+)'\)", str(error))
         what = f"operator {found[1]}.{found[2]}" if found else str(error).strip().splitlines()[0]

@@ -5,19 +5,24 @@ from typing import Any
 
 import torch
 
-from laconic.core.errors import ExportError
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
 from laconic.runtimes._export import code_type
 
 _IR = Any  # values of onnx_ir: loose stubs
 
 
-def translations() -> dict[Any, Callable[..., Any]]:
-    """Operators that torch's table lacks although ONNX has them, and Laconic's own."""
+def own() -> dict[Any, Callable[..., Any]]:
+    """Laconic's operators."""
+    return {FAKE_QUANTIZE: _fake_quantize, DEQUANTIZE: _dequantize}
+
+
+def missing() -> dict[Any, Callable[..., Any]]:
+    """Operators that torch's table lacks, because it decomposes them, although ONNX has them.
+
+    Where one of these raises NotImplementedError, decomposing is the better way.
+    """
     aten = torch.ops.aten
     return {
-        FAKE_QUANTIZE: _fake_quantize,
-        DEQUANTIZE: _dequantize,
         aten.batch_norm.default: _batch_norm,
         aten.adaptive_avg_pool2d.default: _adaptive_average,
         aten.to.dtype: _to_dtype,
@@ -25,6 +30,19 @@ def translations() -> dict[Any, Callable[..., Any]]:
         aten.conv_transpose2d.input: _conv_transpose,
         aten.conv_transpose3d.input: _conv_transpose,
     }
+
+
+def refusals(program: Program) -> list[str]:
+    """Quantisation nodes that QuantizeLinear and DequantizeLinear cannot express, in words."""
+    found: list[str] = []
+    for node in program.graph.nodes:
+        inner: Any = node.all_input_nodes[0] if node.target is FAKE_QUANTIZE else None
+        if inner is None or inner.op == "get_attr":
+            continue
+        low, high = node.args[4:6]
+        if code_type(low, high) is torch.int32:
+            found.append(f"{inner.name}: activation codes in [{low}, {high}] do not fit 8 bits")
+    return found
 
 
 def _opset() -> Any:
@@ -41,7 +59,6 @@ def _fake_quantize(
 
     full = (qmin, qmax) in ((-128, 127), (0, 255))
     if not full:
-        _needs_eight_bits(qmin, qmax)
         # A narrower grid: saturate before QuantizeLinear, which knows only the whole type.
         origin = op.CastLike(zero_point, scale)
         low, high = (op.Mul(op.Sub(float(end), origin), scale) for end in (qmin, qmax))
@@ -49,15 +66,6 @@ def _fake_quantize(
     options: dict[str, int] = {} if axis is None else {"axis": axis}
     codes = op.QuantizeLinear(x, scale, zero_point, **options)
     return op.DequantizeLinear(codes, scale, zero_point, **options)
-
-
-def _needs_eight_bits(qmin: int, qmax: int) -> None:
-    if code_type(qmin, qmax) is torch.int32:
-        raise ExportError(
-            f"activation codes in [{qmin}, {qmax}] do not fit 8 bits",
-            where="onnx",
-            hint="use 8 bits or fewer for activations",
-        )
 
 
 def _clamp(x: _IR, low: _IR, high: _IR, axis: int) -> _IR:

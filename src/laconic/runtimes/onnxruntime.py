@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from laconic.core.errors import ExportError
 from laconic.program.program import Program
 from laconic.runtimes._onnx import write_onnx
+from laconic.runtimes._onnx_operators import refusals
 from laconic.runtimes.base import (
     Array,
     Precision,
@@ -33,7 +34,7 @@ class OnnxRuntime(Runtime):
     def check(self, program: Program, precision: Precision = "fp32") -> list[str]:
         if precision == "bf16":
             return ["ONNX Runtime has no bf16 kernels for CPUs: use openvino or inductor"]
-        return check_precision(self, program, precision)
+        return check_precision(self, program, precision) + refusals(program)
 
     def write(self, program: Program, path: Path, precision: Precision = "fp32") -> Path:
         self.demand(program, precision)

@@ -19,6 +19,7 @@ import numpy as np
 from laconic.core.errors import ExportError
 from laconic.program.program import Program
 from laconic.runtimes._onnx import write_onnx
+from laconic.runtimes._onnx_operators import refusals
 from laconic.runtimes.base import (
     Array,
     Precision,
@@ -56,7 +57,7 @@ class OpenVino(Runtime):
     precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8")
 
     def check(self, program: Program, precision: Precision = "fp32") -> list[str]:
-        found = check_precision(self, program, precision)
+        found = check_precision(self, program, precision) + refusals(program)
         if precision == "bf16" and "BF16" not in _property("OPTIMIZATION_CAPABILITIES"):
             found.append(f"this CPU has no bf16 instructions ({_property('FULL_DEVICE_NAME')})")
         return found
