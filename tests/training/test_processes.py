@@ -36,6 +36,7 @@ def alone(tmp_path_factory):
     return load_file(f"{out}.0")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(alone, tmp_path):
     out = tmp_path / "tensors"
     finish(launch(out, "-", 9, processes=2))
@@ -47,6 +48,7 @@ def test_two_processes_equal_one(alone, tmp_path):
             assert torch.equal(tensor, alone[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_killed_and_resumed_equals_uninterrupted(alone, tmp_path, processes):
     out, folder = tmp_path / "tensors", tmp_path / "state"

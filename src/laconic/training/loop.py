@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from laconic.core.errors import RecipeError, TrainingError
+from laconic.core.errors import RecipeError, StorageError, TrainingError
 from laconic.core.progress import SILENT, Bar, Progress
 from laconic.core.task import Loader
 from laconic.program.program import Program
@@ -32,6 +32,7 @@ from laconic.training.processes import Processes
 from laconic.training.state import State
 
 Forward = Callable[..., tuple[Tensor, ...]]
+_NO_RATE = 1e-8  # of trial steps, which are taken back
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,9 @@ class _Run:
         times: list[float] = []
         while len(times) < 3 or (len(times) < 12 and sum(times) < 0.02 * seconds):
             began = time.perf_counter()
-            self.feed.look_ahead((len(times) + 1) * self.batches)
-            ahead = self.feed.look_ahead((len(times) + 1) * self.batches)[-self.batches :]
-            self._step(ahead, 0, 1e-8)
+            base = len(times) * self.batches
+            ahead = self.feed.look_ahead(base + self.batches)[base:]
+            self._step(ahead, base, _NO_RATE)
             times.append(time.perf_counter() - began)
         self.state.restore(held)
         began = time.perf_counter()
@@ -332,6 +333,13 @@ class _Run:
         if self.job.folder is None:
             return False
         found = checkpoint.read(self.job.folder, self.job.identity)
+        step = -1 if found is None else found.state["step"]
+        if step != self.processes.agree(step):
+            raise StorageError(
+                f"process {self.processes.rank} does not see the state that the first one sees",
+                where=str(self.job.folder),
+                hint="all processes need the same folder",
+            )
         if found is None:
             return False
         about = self.state.restore(found)

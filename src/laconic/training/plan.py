@@ -116,8 +116,9 @@ def computes_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16") or found.get("bf16"))
+    ask = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch we allow
+    found = ask()
+    return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _has_batch_norm(program: nn.Module) -> bool:

@@ -74,7 +74,7 @@ class Processes:
 
 
 @contextmanager
-def joined(backend: str = "gloo") -> Generator[Processes, None, None]:
+def joined() -> Generator[Processes, None, None]:
     """Join the processes that `torchrun` started, for the length of a `with` block.
 
     For programs that are run by `torchrun`: it tells each process its place in the environment.
@@ -83,7 +83,7 @@ def joined(backend: str = "gloo") -> Generator[Processes, None, None]:
     if dist.is_initialized() or "WORLD_SIZE" not in os.environ:
         yield Processes.current()
         return
-    dist.init_process_group(backend)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield Processes.current()
     finally:

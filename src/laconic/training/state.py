@@ -1,5 +1,6 @@
 """Everything about a run that changes while it goes on."""
 
+import math
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -82,9 +83,12 @@ class State:
 
         A score that is not a number never counts as better.
         """
-        if score is not None and self.best_score is not None and not score >= self.best_score:
+        known = self.best_score
+        if score is not None and (math.isnan(score) or (known is not None and score < known)):
             self.worse += 1
-            return
+            if self._best:
+                return
+            score = None
         self.best_step, self.worse = self.step, 0
         self.best_score = score
         self._best = dict(self._mean) if self._decay is not None else self._copies()
