@@ -113,7 +113,7 @@ def measure(name: str) -> dict[str, Any]:
 
 
 def exponent(rows: dict[str, dict[str, Any]], key: str) -> float | None:
-    """Power of the number of operators with which a time grows, from the flattest to the deepest."""
+    """Power of the number of operators with which a time grows, first to last depth."""
     first, last = (rows.get(f"slim_bert_{depth}") for depth in (DEPTHS[0], DEPTHS[-1]))
     if not first or not last:
         return None

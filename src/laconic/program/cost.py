@@ -182,7 +182,7 @@ class CostModel:
                 raise KeyError(f"no group that can shrink is named {sorted(unknown)[0]!r}")
             pairs = zip(self.names, self.sizes, strict=True)
             sizes = np.array([sizes.get(name, int(size)) for name, size in pairs], dtype=np.int64)
-        return np.asarray(sizes, dtype=np.int64).reshape(-1, len(self.names))
+        return np.atleast_2d(np.asarray(sizes, dtype=np.int64))
 
 
 class _Polynomial:

@@ -282,6 +282,21 @@ def _filled(fill: float) -> Rule:
     return rule
 
 
+def _extreme(fill: float) -> Rule:
+    """max, min: of two tensors, or reductions for which the dead take `fill`."""
+
+    def rule(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+        return _elementwise(run, v, m) if "other" in v else _filled(fill)(run, v, m)
+
+    return rule
+
+
+def _grouped(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
+    """A matrix of a stack for every run of rows: alive where the row and the column are."""
+    rows, weight = (mask for mask in list(m.values())[:2])
+    return run.again(), rows.any(-1)[:, None] & weight.flatten(0, 1).any(0)
+
+
 def _softmax(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     x, mask = v["self"], m["self"]
     value = run.again({"self": x if _whole(mask) else torch.where(mask, x, float("-inf"))})
@@ -352,7 +367,7 @@ def _table() -> dict[str, Rule]:
         "movedim squeeze unsqueeze expand broadcast_to repeat tile repeat_interleave pixel_shuffle "
         "pixel_unshuffle channel_shuffle split split_with_sizes chunk tensor_split unbind slice "
         "narrow select index index_select gather roll flip unfold im2col "
-        "expand_as view_as reshape_as adjoint unsafe_chunk"
+        "col2im expand_as view_as reshape_as adjoint unsafe_chunk"
     )
     first = (
         "dropout feature_dropout clone contiguous to _to_copy alias detach lift_fresh_copy type_as "
@@ -377,6 +392,10 @@ def _table() -> dict[str, Rule]:
     table |= {name: _variance for name in ("var", "std")}
     table |= {name: _softmax for name in ("softmax", "_softmax", "log_softmax")}
     return table | {
+        "max": _extreme(float("-inf")),
+        "min": _extreme(float("inf")),
+        "_grouped_mm": _grouped,
+        "transformers.grouped_mm_fallback": _grouped,
         "pad": _padded,
         "constant_pad_nd": _padded,
         "linear": _rows,

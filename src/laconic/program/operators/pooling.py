@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from laconic.program.axes import Atom, product
 from laconic.program.equations import Arguments, Dims, Equations, Row
 
 
@@ -21,12 +22,20 @@ def _over(space: int) -> Row:
 
 def im2col(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """[n, c, h, w] → [n, c k k, places]."""
-    from laconic.program.axes import product
-
     x = see.dims(a["self"])
     see.freeze(node, "positions in space are mixed", *x[-2:])
     window = see.rigid(node, "positions in a window", *a["kernel_size"])
     return (x[0], product(x[1], *window), *see.rigid(node, "windows", node.meta["shape"][-1]))
+
+
+def col2im(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """[n, c k k, places] → [n, c, h, w]: windows are added up where they overlap."""
+    x = see.dims(a["self"])
+    channels = Atom(node.meta["shape"][-3])
+    window = see.rigid(node, "positions in a window", *a["kernel_size"])
+    see.same(x[-2], product(channels, *window), node)
+    see.freeze(node, "positions in space are mixed", x[-1])
+    return (*x[:-2], channels, *see.rigid(node, "positions", *node.meta["shape"][-2:]))
 
 
 _KINDS = (
@@ -40,4 +49,4 @@ ROWS: dict[str, Row] = {
 ROWS.update({f"aten.upsample_{name}": _over(2) for name in ("bilinear2d", "bicubic2d")})
 ROWS.update({"aten._upsample_bilinear2d_aa": _over(2), "aten._upsample_bicubic2d_aa": _over(2)})
 ROWS.update({"aten.upsample_linear1d": _over(1), "aten.upsample_trilinear3d": _over(3)})
-ROWS.update({"aten.im2col": im2col})
+ROWS.update({"aten.im2col": im2col, "aten.col2im": col2im})

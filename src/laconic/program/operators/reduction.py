@@ -39,7 +39,8 @@ def with_index(see: Equations, node: fx.Node, a: Arguments) -> list[Dims] | Dims
         return see.broadcast(node, see.dims(a["self"]), see.dims(a["other"]))
     if "dim" not in a:
         return reduce(see, node, a)
-    found = by_number(see, node, a)
+    picks = any(user.args[1] == 1 for user in node.users)  # does anybody read the indices?
+    found = by_number(see, node, a) if picks else reduce(see, node, a)
     return [found, found]
 
 
