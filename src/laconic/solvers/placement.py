@@ -69,14 +69,15 @@ class WeightSite:
         name: of the tensor, canonical.
         holders: the `get_attr` nodes that read it.
         operators: the operators that use it.
-        axis: its output axis: one scale for each of its indices.
+        axis: its output axis: one scale for each of its indices; None where its operators disagree
+            (a matrix that is used transposed as well), so that it can have one scale only.
         lookup: only embeddings use it, so there is no activation to quantise.
     """
 
     name: str
     holders: tuple[fx.Node, ...]
     operators: tuple[fx.Node, ...]
-    axis: int
+    axis: int | None
     lookup: bool
 
 
@@ -143,12 +144,13 @@ def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
             continue
         known = [use for use in uses if use is not None]
         axes = {axis for _, axis in known}
-        if len(known) < len(uses) or len(axes) > 1:
-            notes.append(f"{name}: stays float, because operators of different kinds share it")
+        if len(known) < len(uses):
+            notes.append(f"{name}: stays float, because other operators read it too")
             continue
         operators = tuple(dict.fromkeys(operator for operator, _ in known))
         lookup = all(base_name(operator) == "embedding" for operator in operators)
-        found.append(WeightSite(name, tuple(holders), operators, axes.pop(), lookup))
+        axis = axes.pop() if len(axes) == 1 else None
+        found.append(WeightSite(name, tuple(holders), operators, axis, lookup))
     return found, notes
 
 

@@ -72,6 +72,8 @@ def _groups(sites: Sequence[WeightSite]) -> dict[fx.Node, list[tuple[fx.Node, We
     """Tensor → the linear layers that read it; only weights with one such operator."""
     found: dict[fx.Node, list[tuple[fx.Node, WeightSite]]] = {}
     for site in sites:
+        if site.axis is None:
+            continue
         node = site.operators[0]
         weight: Any = site.holders[0].meta.get("shape", ())
         if len(site.operators) > 1 or base_name(node) not in _LINEAR or len(weight) != 2:
@@ -85,7 +87,7 @@ def _groups(sites: Sequence[WeightSite]) -> dict[fx.Node, list[tuple[fx.Node, We
 
 def _columns(values: Tensor, site: WeightSite) -> Tensor:
     """`[in]` along the input axis of a weight matrix."""
-    return values[:, None] if site.axis % 2 else values[None]
+    return values[:, None] if site.axis else values[None]
 
 
 def _factors(
@@ -96,7 +98,7 @@ def _factors(
 ) -> Tensor:
     weights = [program.tensor(site.name).detach().abs() for _, site in members]
     columns = [
-        weight.amax(site.axis % 2) for weight, (_, site) in zip(weights, members, strict=True)
+        weight.amax(site.axis or 0) for weight, (_, site) in zip(weights, members, strict=True)
     ]
     weight = torch.stack(columns).amax(0).double().cpu()
     floor = 1e-5 * float(largest.max())

@@ -165,6 +165,7 @@ def _other_shapes(program: Program) -> _Shapes:
 
 def _fold_constants(program: Program) -> int:
     """Compute what depends on buffers and numbers only; returns how many operators went."""
+    program.graph.eliminate_dead_code()
     constant: dict[fx.Node, Any] = {}
     before = _operators(program)
     for node in program.graph.nodes:
