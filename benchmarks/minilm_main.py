@@ -23,14 +23,18 @@ from laconic.core.task import Task, embedding
 from laconic.methods.base import Context
 from laconic.program.capture import capture
 from laconic.program.cost import cost
+from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.runtimes.base import Precision, fixed_shapes
 from laconic.runtimes.openvino import OpenVino
+from laconic.storage import predict
 
 TOKENS = 128
 THREADS = 2
-HEADS = {"method": "prune.channels", "sites": "*attention*"}
-WIDTH = {"method": "prune.channels", "sites": "*intermediate*"}
+PRUNE: dict[str, Any] = {
+    "method": "prune.channels", "sites": ["*.heads", "*.intermediate.*"], "of": "channels",
+    "ratio": {"*.heads": 1 / 3, "*.intermediate.*": 0.5},
+}  # fmt: skip
 RECOVER: dict[str, Any] = {"method": "distill.logits"}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 
@@ -43,7 +47,11 @@ class Job:
     def __init__(self, bench: Bench) -> None:
         self.bench, self.quick = bench, bool(bench.args.quick)
         self.threads = min(THREADS, torch.get_num_threads())
-        self.stages = Stages(bench, f"minilm_main{'-quick' * self.quick}")
+        self.stages = Stages(bench, "minilm_main")
+        self.prune = PRUNE | ({"samples": 24} if self.quick else {})
+        self.recover = RECOVER | ({"steps": 3} if self.quick else {})
+        self.quantize = QUANTIZE | ({"samples": 8} if self.quick else {})
+        self.recipe = [self.prune, self.recover, self.quantize]
 
     @cached_property
     def model(self) -> models.Embedder:
@@ -120,6 +128,10 @@ class Shuffled:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is number `epoch`, whatever came before; the training loop says so."""
+        self.passes = epoch
+
     def __iter__(self) -> Any:
         generator = torch.Generator().manual_seed(self.passes)
         self.passes += 1
@@ -160,27 +172,22 @@ def stage_rows(job: Job) -> dict[str, Row]:
         return {"macs_ratio": ratio, **spread(job.cosines(run, "dev", 24), "cosine")}
 
     def deployed(program: Program) -> Row:
-        del program
         cosines = job.cosines(ours(job, "int8", "int8", 8), "dev", 8)
-        size = job.stages.path("int8").stat().st_size
+        size = predict(freeze(program)).total
         return {**spread(cosines, "cosine"), "laconic_bytes": size}
 
-    def pruned() -> Any:
-        halfway = apply(job.program, HEADS, context)
-        return apply(halfway.program, WIDTH, context)
-
     row, context, seed = job.stages.row, job.context(), job.bench.args.seed
-    steps = [HEADS, WIDTH]
+
+    def after(stage: str, step: dict[str, Any]) -> Any:
+        return lambda: apply(job.stages.program(stage), step, context)
+
     return {
-        "prune": row("prune", pruned, measured, steps=steps, seed=seed),
-        "recover": row(
-            "recover", lambda: apply(job.stages.program("prune"), RECOVER, context), measured,
-            steps=[*steps, RECOVER], seed=seed,
-        ),
-        "int8": row(
-            "int8", lambda: apply(job.stages.program("recover"), QUANTIZE, context), deployed,
-            steps=[*steps, RECOVER, QUANTIZE], seed=seed,
-        ),
+        "prune": row("prune", lambda: apply(job.program, job.prune, context), measured,
+                     steps=job.recipe[:1], seed=seed),
+        "recover": row("recover", after("prune", job.recover), measured,
+                       steps=job.recipe[:2], seed=seed),
+        "int8": row("int8", after("recover", job.quantize), deployed,
+                    steps=job.recipe, seed=seed),
     }  # fmt: skip
 
 
@@ -251,7 +258,7 @@ def main(argv: list[str] | None = None) -> Row:
     bench.parse(argv)
     job = Job(bench)
     rows = stage_rows(job)
-    steps = {"steps": [HEADS, WIDTH, RECOVER, QUANTIZE], "seed": bench.args.seed}
+    steps = {"steps": job.recipe, "seed": bench.args.seed}
     rows["test"] = bench.row("test", lambda: test_row(job), **steps)
     rows["latency"] = bench.row("latency", lambda: latency_row(job), **steps)
     return bench.finish(**summary(rows))

@@ -26,14 +26,16 @@ from laconic.core.task import Task, classification
 from laconic.methods.base import Context
 from laconic.program.capture import capture
 from laconic.program.cost import cost
+from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.runtimes.base import Precision, fixed_shapes
 from laconic.runtimes.openvino import OpenVino
+from laconic.storage import predict
 
 RATIO = 2.1
 THREADS = 2
 CALIBRATION = 1_024
-PRUNE = {"method": "prune.channels", "target": "macs", "reduction": RATIO}
+PRUNE: dict[str, Any] = {"method": "prune.channels", "ratio": 1 - 1 / RATIO}
 RECOVER: dict[str, Any] = {"method": "distill.logits"}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 TORCH_PRUNING = ("l1", "l2", "taylor", "hessian", "fpgm", "bn_scale", "lamp")
@@ -49,7 +51,11 @@ class Job:
         self.model = models.cifar_resnet(args.depth, self.weights)
         self.threads = min(THREADS, torch.get_num_threads())
         bench.variant = "" if self.weights.stem == "resnet56" else self.weights.stem
-        self.stages = Stages(bench, f"resnet56_main-{self.weights.stem}{'-quick' * self.quick}")
+        self.stages = Stages(bench, f"resnet56_main-{self.weights.stem}")
+        self.prune = PRUNE | ({"samples": 128} if self.quick else {})
+        self.recover = RECOVER | ({"steps": 3} if self.quick else {})
+        self.quantize = QUANTIZE | ({"samples": 32} if self.quick else {})
+        self.recipe = [self.prune, self.recover, self.quantize]
 
     @cached_property
     def program(self) -> Program:
@@ -179,21 +185,22 @@ def stage_rows(job: Job) -> dict[str, Row]:
         size = sum(file.stat().st_size for file in OpenVino().files(path))
         deployed = our_model(job, "int8", "int8")
         return {"val": job.score(deployed, "validation"), "openvino_bytes": size,
-                "laconic_bytes": job.stages.path("int8").stat().st_size}  # fmt: skip
+                "laconic_bytes": predict(freeze(program)).total}  # fmt: skip
 
-    row, common = job.stages.row, {"weights": job.weights, "seed": job.args.seed}
-    context = job.context()
-    made = {"prune": row("prune", lambda: apply(job.program, PRUNE, context), pruned,
-                         step=PRUNE, **common)}  # fmt: skip
-    made["recover"] = row(
-        "recover", lambda: apply(job.stages.program("prune"), RECOVER, context), recovered,
-        step=RECOVER, prune=PRUNE, **common,
-    )  # fmt: skip
-    made["int8"] = row(
-        "int8", lambda: apply(job.stages.program("recover"), QUANTIZE, context), quantized,
-        step=QUANTIZE, recover=RECOVER, prune=PRUNE, **common,
-    )  # fmt: skip
-    return made
+    row, context = job.stages.row, job.context()
+    common = {"weights": job.weights, "seed": job.args.seed}
+
+    def after(stage: str, step: dict[str, Any]) -> Callable[[], Any]:
+        return lambda: apply(job.stages.program(stage), step, context)
+
+    return {
+        "prune": row("prune", lambda: apply(job.program, job.prune, context), pruned,
+                     steps=job.recipe[:1], **common),
+        "recover": row("recover", after("prune", job.recover), recovered,
+                       steps=job.recipe[:2], **common),
+        "int8": row("int8", after("recover", job.quantize), quantized,
+                    steps=job.recipe, **common),
+    }  # fmt: skip
 
 
 def test_row(job: Job, best_importance: str) -> Row:
@@ -296,7 +303,7 @@ def main(argv: list[str] | None = None) -> Row:
     rows["nncf"] = bench.row("nncf", lambda: nncf_row(job), **common)
     rows |= stage_rows(job)
     importance = rows["torch_pruning"].get("best", TORCH_PRUNING[0])
-    recipe = {"prune": PRUNE, "recover": RECOVER, "int8": QUANTIZE, "seed": job.args.seed}
+    recipe = {"steps": job.recipe, "seed": job.args.seed}
     rows["test"] = bench.row("test", lambda: test_row(job, importance), **recipe, **common)
     rows["latency"] = bench.row("latency", lambda: latency_row(job), **recipe, **common)
     return bench.finish(**summary(rows))

@@ -1,6 +1,7 @@
 """A job in stages: each stage makes a Program from the one before and is kept as a file.
 
-The files lie in the cache folder, so that an interrupted benchmark goes on where it stopped.
+The files lie in the cache folder (those of a quick run beside its result), so that an interrupted
+benchmark goes on where it stopped.
 """
 
 import time
@@ -41,7 +42,8 @@ class Stages:
 
     def __init__(self, bench: Bench, folder: str) -> None:
         self.bench = bench
-        self.folder = cache_folder() / folder
+        args = bench.args
+        self.folder = (args.results / "quick" if args.quick else cache_folder()) / folder
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
