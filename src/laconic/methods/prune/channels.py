@@ -21,8 +21,8 @@ per layer: about two minutes for a ResNet-56 and 1,024 images on one core. l1 an
 need no data and take seconds for any network.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -71,6 +71,8 @@ class PruneChannels(Method):
         temperature: the predictions' logits are divided by it before sampling and scoring.
         keep: group → kept indices, in place of everything that chooses them (a replay has it).
     """
+
+    quick: ClassVar[Mapping[str, Any]] = {"ratio": 0.3, "block": 1, "samples": 16}
 
     ratio: float | dict[str, float] = 0.5
     of: Of = "macs"
@@ -140,10 +142,11 @@ class _Job:
             self.notes += [f"{group.name}: {group.frozen}" for group in self.found.frozen]
             self.notes.append("no group of this program can shrink")
             return {}, method.block
-        wishes = self._wishes(names)
-        if all(wish.ratio == 0 for wish in wishes):
+        ratios = method.ratio if isinstance(method.ratio, dict) else {"*": method.ratio}
+        if not any(ratios.values()):
             self.notes.append("ratio is 0: nothing is cut")
             return {}, method.block
+        wishes = self._wishes(names, ratios)
         score = selection.load(method.importance)
         scene = Scene(
             self.dense,
@@ -157,14 +160,13 @@ class _Job:
         keep = selection.select(scene, self.found, wishes, method.rounds, self._shrink)
         return keep, wishes[0].block
 
-    def _wishes(self, names: Sequence[str]) -> list[Wish]:
+    def _wishes(self, names: Sequence[str], ratios: Mapping[str, float]) -> list[Wish]:
         """One wish for all, or one for every pattern of `ratio`."""
         method, context = self.method, self.context
         block = method.block
         adapt = block == "auto"
         if isinstance(block, str):
             block = channel_block.block_for(context.runtime, context.threads)
-        ratios = method.ratio if isinstance(method.ratio, dict) else {"*": method.ratio}
         wishes: list[Wish] = []
         left = list(names)
         for pattern, ratio in ratios.items():

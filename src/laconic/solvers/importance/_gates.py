@@ -1,8 +1,9 @@
 """Gradients of the loss with respect to a gate of value 1 on each channel, sample by sample.
 
 Closing a gate removes the channel from everything that reads it, so its derivative is the sum over
-readers and positions of activation times gradient. A group that no layer reads (the shared axis of
-query and key) has its gate where the first layer writes it.
+readers and positions of activation times gradient. A group that no layer reads, or along which
+activations are multiplied (the shared axis of query and key), has its gate where the first layer
+writes it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,13 @@ from torch import Tensor, fx
 
 from laconic.core.errors import DataError
 from laconic.program.groups import Group, Member
-from laconic.solvers.importance.base import Scene, pooled, reading_layers, writing_layers
+from laconic.solvers.importance.base import (
+    Scene,
+    in_products,
+    pooled,
+    reading_layers,
+    writing_layers,
+)
 from laconic.statistics.batches import count
 from laconic.statistics.gradients import Sensitivity, sensitivities
 from laconic.statistics.layers import Layer
@@ -28,7 +35,10 @@ def gate_gradients(scene: Scene) -> Iterator[dict[str, Tensor]]:
     """
     if scene.loss is None or not scene.batches:
         raise DataError("a score by gradients needs calibration data", where="importance")
-    readers = {group.name: reading_layers(scene.program, group) for group in scene.groups}
+    readers = {
+        group.name: [] if in_products(group) else reading_layers(scene.program, group)
+        for group in scene.groups
+    }
     writers = {
         group.name: writing_layers(scene.program, group)[:1]
         for group in scene.groups

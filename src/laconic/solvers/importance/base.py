@@ -66,6 +66,14 @@ def reading_layers(program: Program, group: Group) -> list[tuple[Layer, Member]]
     ]
 
 
+def in_products(group: Group) -> bool:
+    """Whether activations are multiplied along the group (the shared axis of query and key).
+
+    What reads such a group after the product tells only part of what removing an index costs.
+    """
+    return group.atom.hint == "head_dim"
+
+
 def writing_layers(program: Program, group: Group) -> list[tuple[Layer, Member]]:
     """The layers that write a group's axis as output rows."""
     members = {(m.tensor, m.dim): m for m in group.by_role("producer")}

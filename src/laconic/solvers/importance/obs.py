@@ -16,7 +16,7 @@ from torch import Tensor
 from laconic.core.errors import DataError
 from laconic.program.groups import Group, Member
 from laconic.solvers.elimination import Consumer, Removal, eliminate
-from laconic.solvers.importance.base import Importance, Scene, reading_layers
+from laconic.solvers.importance.base import Importance, Scene, in_products, reading_layers
 from laconic.solvers.importance.fisher import Fisher
 from laconic.statistics.batches import count
 from laconic.statistics.collect import collect
@@ -117,7 +117,8 @@ def _plain(group: Group, layers: Sequence[Layer]) -> bool:
     """Whether every consumer of the group is a layer with one set of columns."""
     read = {layer.weight for layer in layers}
     known = all(member.tensor in read for member in group.by_role("consumer"))
-    return bool(layers) and known and all(layer.groups == 1 for layer in layers)
+    apart = all(layer.groups == 1 for layer in layers)
+    return bool(layers) and known and apart and not in_products(group)
 
 
 def _by_fisher(scene: Scene, groups: Sequence[Group]) -> dict[str, Removal]:
