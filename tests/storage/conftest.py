@@ -70,6 +70,7 @@ def freeze(program, bits=8):
             decoded = program.graph.call_function(DEQUANTIZE, (node, s, z, 0))
         decoded.meta["grid"] = (-top, top)
         node.replace_all_uses_with(decoded, lambda user, d=decoded: user is not d)
+    program.propagate()
     program.recompile()
     return program
 

@@ -51,7 +51,7 @@ def test_every_truncation(file):
 
 def test_every_altered_byte_is_found(file):
     raw = file.read_bytes()
-    for position in range(0, len(raw), 1 if len(raw) < 6000 else 7):
+    for position in range(0, len(raw), 3):
         refused(file, raw[:position] + bytes([raw[position] ^ 0x10]) + raw[position + 1 :])
 
 
@@ -76,7 +76,7 @@ def test_forged_data_with_right_hashes(file, sealed, rng):
     start = 64 + struct.unpack_from("<I", raw, 12)[0]
     end = start + struct.unpack_from("<Q", raw, 24)[0]
     outcomes = {"loaded": 0, "refused": 0}
-    for position in range(start, end, max(1, (end - start) // 300)):
+    for position in range(start, end, max(1, (end - start) // 80)):
         value = bytes([int(rng.integers(256))])
         file.write_bytes(sealed(raw[:position] + value + raw[position + 1 :]))
         try:
@@ -120,14 +120,14 @@ def test_forged_headers_with_right_hashes(file, rng):
     """Whatever the header says, the outcome is a Program or a StorageError."""
     good = file.read_bytes()
     refusals = 0
-    for _ in range(400):
+    for _ in range(200):
         file.write_bytes(good)
         file.write_bytes(forge(file, lambda content: mutations(content, rng)))
         try:
             assert isinstance(storage.load(file), Program)
         except StorageError:
             refusals += 1
-    assert refusals > 200
+    assert refusals > 100
 
 
 def set_in(path, *keys, value):
@@ -191,13 +191,42 @@ def test_what_a_forger_might_try(file, keys, value, match, tmp_path, monkeypatch
 
 def test_text_in_arguments_stays_text(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    good = file.read_bytes()
     for text in ("'+" + CODE + "+'", '"""', "\\", "\n" + CODE):
-        raw = set_in(file, "nodes", -1, value=[0, ["1", {"string": text}]])
-        other = tmp_path / "other.laconic"
-        other.write_bytes(raw)
-        program = storage.load(other)
-        assert program.output_node.prev.args[1] == text
+        file.write_bytes(good)
+        refused(file, set_in(file, "nodes", -1, value=[0, ["1", {"string": text}]]))
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("added", "match"),
+    [
+        ([["aten.arange.default", [10**9]], ["aten.split.Tensor", ["1", 1]]], "pieces"),
+        ([["aten.arange.default", [10**9]], ["aten.unbind.int", ["1"]]], "pieces"),
+        ([["aten.arange.default", [9]], ["aten.tensor_split.sections", ["1", 10**9]]], "pieces"),
+        ([["aten.zeros.default", [[10**6, 1]]], ["aten.chunk.default", ["1", 10**6]]], "pieces"),
+        ([["operator.pow", [10, 10**9]]], "exponent"),
+        ([["operator.mul", [2**62, 4]]], "64 bits"),
+        ([["operator.mul", [[0], 10**9]]], "numbers"),
+        ([["operator.mod", [{"string": "%999999999d"}, 1]]], "numbers"),
+        ([["torch.sym_sum", [[1, {"string": "x"}]]]], "numbers"),
+        ([["math.sqrt", [-1]]], "does not fit"),
+        ([["operator.floordiv", [1, 0]]], "does not fit"),
+        ([["aten.relu.default", [1]]], "does not fit"),
+        ([["aten.conv2d.default", []]], "does not fit"),
+    ],
+)
+def test_finding_out_shapes_cannot_be_stretched(file, added, match):
+    def change(content):
+        for name, args in added:
+            content["operators"].append(name)
+            content["nodes"].append(
+                [len(content["operators"]) - 1, args, f"new{len(content['nodes'])}"]
+            )
+            content["origin"].append(0)
+        content["output"] = [str(int(back) + len(added)) for back in content["output"]]
+
+    refused(file, forge(file, change), match)
 
 
 def craft(text, coding=0, size=None):
@@ -262,7 +291,7 @@ def test_limits_are_the_callers(file, limits, match):
 def test_many_small_bombs(tmp_path):
     """Each tensor within the rule for one, all together beyond the rule for the file."""
     path = tmp_path / "bomb.laconic"
-    rows = [[f"t{i}", "b", "float32", [2000], 5] for i in range(100_000)]
+    rows = [[f"t{i}", "b", "float32", [2000], 5] for i in range(40_000)]
     body = [b"\1" + bytes(4)] * len(rows)
     content = {"tensors": rows, "nodes": []}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -37,6 +37,8 @@ def assert_same(a, b):
         assert (x.op, x.name, str(x.target)) == (y.op, y.name, str(y.target))
         assert (x.meta.get("origin") or "") == (y.meta.get("origin") or "")
         assert x.meta.get("grid") == y.meta.get("grid")
+        assert x.meta.get("shape") == y.meta.get("shape")
+        assert x.meta.get("dtype") == y.meta.get("dtype")
     assert (a.dynamic, a.aliases, a.lost) == (b.dynamic, b.aliases, b.lost)
     assert [(t.shape, t.dtype) for t in a.example] == [(t.shape, t.dtype) for t in b.example]
 
@@ -51,7 +53,6 @@ def test_the_whole_zoo(name, tmp_path):
         program.run_flat(*program.example), loaded.run_flat(*program.example), strict=True
     ):
         assert torch.equal(x, y)
-    loaded.propagate()
 
 
 def test_structured_outputs_and_infinities(net, tmp_path):
@@ -159,10 +160,11 @@ def test_it_loads_in_a_process_that_knows_nothing(net, tmp_path):
     x = torch.ones(2, 3, 8, 8)
     round_trip(net, tmp_path)
     code = (
-        "import sys, pickle\n"
-        "def refuse(*a, **k): raise SystemExit('pickle was used')\n"
-        "from laconic import storage; import torch\n"
-        "pickle.load = pickle.loads = pickle.Unpickler = refuse\n"
+        "import sys, torch\n"
+        "from laconic import storage\n"
+        "def refuse(event, _):\n"
+        "    if event == 'pickle.find_class': raise SystemExit('pickle was used')\n"
+        "sys.addaudithook(refuse)\n"
         "program = storage.load(sys.argv[1])\n"
         "print(program(torch.ones(2, 3, 8, 8))['logits'].sum().item().hex())\n"
     )

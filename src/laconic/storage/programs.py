@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laconic.core.errors import LaconicError, StorageError
 from laconic.program.program import DEQUANTIZE, Program
 from laconic.program.signature import Signature
-from laconic.storage import container, directory, graphs
+from laconic.storage import container, directory, graphs, shapes
 from laconic.storage.directory import Entry
 from laconic.storage.limits import DEFLATE_EXPANSION, Limits
 
@@ -92,7 +92,7 @@ def read_header(path: str | os.PathLike[str], *, limits: Limits | None = None) -
 
 
 def load(path: str | os.PathLike[str], *, limits: Limits | None = None) -> Program:
-    """A Program from its file; runs nothing of it and needs none of the model's source code.
+    """A Program from its file; computes nothing of it and needs none of the model's source code.
 
     The example inputs are zeros of the stored shapes. Record classes come back as
     `signature.Record`.
@@ -222,5 +222,6 @@ def _program(
         aliases=directory.aliases(content["aliases"], held),
         lost=[str(note) for note in content["lost"]],
     )
+    shapes.propagate(program)
     program.recompile()
     return program
