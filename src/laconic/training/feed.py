@@ -51,9 +51,14 @@ def forked(device: torch.device | None = None) -> Generator[None, None, None]:
             np.random.set_state(legacy)  # noqa: NPY002
 
 
-def seed_all(seed: int) -> None:
-    """Set the global generators; only inside `forked`."""
-    torch.manual_seed(seed)
+def seed_all(seed: int, device: torch.device | None = None) -> None:
+    """Set the global generators; only inside `forked`.
+
+    Not by `torch.manual_seed`: where CUDA is unused, that keeps a stack trace of every call.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        torch.cuda.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
 

@@ -239,7 +239,7 @@ class _Run:
                 continue
             if merged is not None:
                 merged.start()
-            seed_all(mixed(self.job.seed, base + index, 2))
+            seed_all(mixed(self.job.seed, base + index, 2), self.job.device)
             with merged or nullcontext(), autocast(self.job.device, self.plan.precision):
                 loss = self.job.objective(self.forward, batch, base + index)
             weight = loss.samples if merged is not None else 1
