@@ -123,18 +123,20 @@ def quantize():
     return _quantize
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def residual() -> Program:
+    torch.manual_seed(1)
     return capture(Residual().eval(), torch.randn(4, 3, 16, 16))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def quantized(residual) -> Program:
     return _quantize(residual)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def attention() -> Program:
+    torch.manual_seed(2)
     ids, mask = torch.randint(0, 50, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
     mask[1, 7:] = 0
     return capture(Attention().eval(), {"ids": ids, "mask": mask}, dynamic=("batch", "sequence"))

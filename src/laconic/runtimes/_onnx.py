@@ -36,8 +36,8 @@ def write_onnx(program: Program, path: Path) -> Path:
         raise ExportError("; ".join(obstacles), where="onnx")
     exported = export(lower_weights(program), program)
     model = _translate(exported)
-    _name_dimensions(model, program)
     _name_outputs(model)
+    _name_inputs(model, program)
     _transpose_codes(model)
     _strip(model)
     _save(model, path)
@@ -80,12 +80,12 @@ def _translate(exported: ExportedProgram) -> _IR:
         ) from error
 
 
-def _name_dimensions(model: _IR, program: Program) -> None:
-    """Give symbolic dimensions the Program's names instead of torch's (`s77`)."""
+def _name_inputs(model: _IR, program: Program) -> None:
+    """Inputs and free dimensions get the Program's names instead of torch's (`s77`)."""
     names: dict[str, str] = {}
-    by_name = {node.name: program.dynamic.get(node.name, {}) for node in program.placeholders}
-    for value in model.graph.inputs:
-        for dim, word in by_name[value.name].items():
+    for value, node in zip(model.graph.inputs, program.placeholders, strict=True):
+        value.name = node.name
+        for dim, word in program.dynamic.get(node.name, {}).items():
             names[str(value.shape[dim])] = word
     for value in (*model.graph.inputs, *model.graph.outputs):
         for dim, size in enumerate(value.shape or ()):
