@@ -113,9 +113,8 @@ def _cards(result: Result) -> str:
             cards.append(
                 (f"{row.after.value - row.before.value:+.2f} {unit}", f"{row.name}, {row.where}")
             )
-    for row in best_latency(result):
-        if row.ratio:
-            cards.append((f"{row.ratio:.2f}x faster", row.where))
+    faster = [row for row in best_latency(result) if row.ratio]
+    cards += [(f"{row.ratio:.2f}x faster", row.where) for row in faster]
     wanted = ("size", "macs", "parameters")
     for row in every:
         if row.name in wanted and row.ratio:
