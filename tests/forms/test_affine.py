@@ -40,7 +40,7 @@ def test_encoding_what_was_decoded_gives_the_codes(case):
     values = affine.decode(codes, scale, zero, axis)
     again = affine.encode(values, scale, zero, axis, qmin, qmax)
     assert torch.equal(again.long(), codes)
-    assert again.dtype == (torch.int8 if -128 <= qmin and qmax <= 127 else torch.int32)
+    assert again.dtype == (torch.int8 if qmin >= -128 and qmax <= 127 else torch.int32)
 
 
 @given(codes_on_a_grid(), st.floats(-1e6, 1e6, width=32))

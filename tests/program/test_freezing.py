@@ -108,9 +108,7 @@ def test_form_of_reads_both_states(state):
     made = state(program)
     name = placement.weight_sites(quantised(*zoo.make("resnet")))[0]
     assert name == []  # every weight is behind a node already, so none is left to quantise
-    quantised_names = [
-        n.args[0].target for n in program.graph.nodes if n.target is FAKE_QUANTIZE
-    ]
+    quantised_names = [n.args[0].target for n in program.graph.nodes if n.target is FAKE_QUANTIZE]
     for weight in quantised_names:
         form = form_of(made, weight)
         assert isinstance(form, Affine)

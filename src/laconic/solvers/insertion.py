@@ -44,7 +44,7 @@ def _insert(
     origin = {"origin": source.meta.get("origin", "")}
     sides: list[fx.Node] = []
     with graph.inserting_after(_last_input(source)):
-        made = graph.call_function(FAKE_QUANTIZE, (source,))
+        made = graph.create_node("call_function", FAKE_QUANTIZE, (source,), name="fake_quantize")
     with graph.inserting_before(made):
         for suffix, tensor in (("scale", grid.scale), ("zero_point", grid.zero_point)):
             side = graph.get_attr(program.add_tensor(f"{name}_{suffix}", _beside(program, tensor)))

@@ -20,7 +20,7 @@ tensor (`skip_above`), and one more pass with `bias_correction: empirical`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -41,7 +41,7 @@ from laconic.statistics.collect import collect
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.moments import Moments
 
-_RESOLVED_ENOUGH = 1e-4  # a grid on which fewer values than that differ from zero is useless
+_RESOLVED_ENOUGH = 1e-3  # a grid on which fewer values than that differ from zero is useless
 _SENSITIVITY_SAMPLES = 32
 
 Range = tuple[float, float]
@@ -107,9 +107,10 @@ class QuantizeStatic(Method):
             return Outcome(program=work.program, notes=work.notes)
         self._smooth(work)
         self._calibrate(work)
-        self._insert_activations(work)
+        self._guard(work)
         if self.weights:
             self._insert_weights(work)
+        self._insert_activations(work)
         self._correct(work)
         made = work.program
         made.drop_unused()
@@ -238,24 +239,30 @@ class QuantizeStatic(Method):
 
     # changing the graph -----------------------------------------------------------------------
 
-    def _insert_activations(self, work: "_Work") -> None:
-        inserted: dict[str, list[fx.Node]] = {}
-        for place in work.places:
-            if place.name in work.grids:
-                node = insertion.quantize_activation(work.program, place, work.grids[place.name])
-                inserted[place.name] = [node]
-        work.program.recompile()
-        if self.skip_above is None or self.ranges is not None or not inserted:
+    def _guard(self, work: "_Work") -> None:
+        """Measure what each quantised activation does to the outputs; leave the worst float."""
+        if self.skip_above is None or self.ranges is not None or not work.grids:
             return
+        probe, names = work.program.clone(), {site.name for site in work.sites}
+        sites = [site for site in placement.weight_sites(probe)[0] if site.name in names]
+        inserted = {
+            place.name: [insertion.quantize_activation(probe, place, work.grids[place.name])]
+            for place in placement.places(probe, sites, work.operators)
+            if place.name in work.grids
+        }
+        probe.recompile()
         batches = list(work.batches(min(self.samples, _SENSITIVITY_SAMPLES)))
-        work.errors = sensitivity.output_errors(
-            work.program, inserted, batches, work.context.progress
-        )
+        work.errors = sensitivity.output_errors(probe, inserted, batches, work.context.progress)
         for place in work.places:
             error = work.errors.get(place.name, 0.0)
             if error > self.skip_above:
                 work.skip([place], f"quantised alone it moves the outputs by {error:.2%}")
-                work.remove(inserted[place.name][0])
+
+    def _insert_activations(self, work: "_Work") -> None:
+        for place in work.places:
+            if place.name in work.grids:
+                insertion.quantize_activation(work.program, place, work.grids[place.name])
+        work.program.recompile()
 
     def _insert_weights(self, work: "_Work") -> None:
         for site in work.sites:
@@ -311,10 +318,14 @@ class _Work:
 
     def layers(self) -> list[tuple[fx.Node, str]]:
         """Operators with a bias whose weight is a site, with the weight's name."""
-        return [
-            (node, site.name) for site in self.sites for node in site.operators
-            if biases.has_bias(node)
-        ]  # fmt: skip
+        found: list[tuple[fx.Node, str]] = []
+        for site in self.sites:
+            for node in site.operators:
+                weight: Any = node.args[1]
+                plain = weight.op == "get_attr" or weight.target is FAKE_QUANTIZE  # not turned
+                if biases.has_bias(node) and plain:
+                    found.append((node, site.name))
+        return found
 
     def batches(self, samples: int) -> Batches:
         """Calibration inputs on the device."""
@@ -327,14 +338,6 @@ class _Work:
             self.kept.append(place.name)
             self.grids.pop(place.name, None)
             self.ranges.pop(place.name, None)
-
-    def remove(self, node: fx.Node) -> None:
-        """Take a fake-quantisation node out of the graph again."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node) and node.target is FAKE_QUANTIZE
-        node.replace_all_uses_with(source)
-        self.program.graph.erase_node(node)
-        self.program.graph.eliminate_dead_code()
 
 
 def _chosen(program: Program, sites: Sites, names: Sequence[str]) -> list[str]:
