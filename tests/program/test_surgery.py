@@ -197,3 +197,26 @@ def test_the_masked_reference_sees_a_wrong_cut(zoo_program):
     wrong = dict(changes) | {name: {**changes[name], 0: (changes[name][0] + 1) % 40}}
     with pytest.raises(AssertionError):
         same(pruned.run_flat(*program.example), masked(program, wrong))
+
+
+@pytest.mark.parametrize(
+    "name", ["no_bias", "plain_cnn", "resnet", "cross_stage", "gated", "fused_split"]
+)
+@torch.no_grad()
+def test_without_statistics_zeroing_the_slices_is_enough(zoo_program, name):
+    """No masks at all: the original program with zeros in every dropped slice, run as it is."""
+    program = zoo_program(name)
+    found = groups(program)
+    normed = {m.tensor for g in found for m in g.members if "norm" in m.tensor}
+    keep = choose(g for g in found if not any(m.tensor in normed for m in g.members))
+    pruned, changes = cut(program, keep, found)
+    zeroed = program.clone()
+    for tensor, dims in changes.items():
+        value = program.tensor(tensor).detach().clone()
+        for dim, kept in dims.items():
+            dropped = torch.ones(value.shape[dim], dtype=torch.bool)
+            dropped[kept] = False
+            value.index_fill_(dim, dropped.nonzero().flatten(), 0.0)
+        zeroed.set_tensor(tensor, value)
+    assert changes
+    same(pruned.run_flat(*program.example), zeroed.run_flat(*program.example))
