@@ -166,7 +166,7 @@ def _turned_uses(node: fx.Node, order: tuple[int, ...]) -> list[tuple[fx.Node, i
         name = base_name(user)
         if name in _TURNS:
             found += _turned_uses(user, _turn(user, order))
-        elif name == "embedding" and user.args[0] is node:
+        elif name == "embedding" and user.all_input_nodes[0] is node:
             found.append((user, order[0]))
         elif name in _MATRIX and _is_weight(user, node) and len(order) >= 2:
             found.append((user, order[_out_axis(user)]))

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from laconic.core.errors import SurgeryError
 from laconic.methods.base import Context, Method, Outcome
@@ -194,8 +195,8 @@ def _is_computable(node: fx.Node) -> bool:
 
 def _run(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
     target: Any = node.target
-    args = fx.node.map_arg(node.args, value)
-    kwargs = fx.node.map_arg(node.kwargs, value)
+    args = map_arg(node.args, value)
+    kwargs = map_arg(node.kwargs, value)
     return target(*args, **kwargs)
 
 
