@@ -48,7 +48,7 @@ class Job:
         self.bench, self.quick = bench, bool(bench.args.quick)
         self.threads = min(THREADS, torch.get_num_threads())
         self.stages = Stages(bench, "minilm_main")
-        self.prune = PRUNE | ({"samples": 24} if self.quick else {})
+        self.prune = PRUNE | ({"samples": 24, "importance": "l2"} if self.quick else {})
         self.recover = RECOVER | ({"steps": 3} if self.quick else {})
         self.quantize = QUANTIZE | ({"samples": 8} if self.quick else {})
         self.recipe = [self.prune, self.recover, self.quantize]

@@ -5,7 +5,8 @@ benchmark goes on where it stopped.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,33 @@ from laconic.storage import load, save
 
 
 class Said(Progress):
-    """Progress of a method as lines of the benchmark."""
+    """Progress of a method as lines of the benchmark, one every twenty seconds at most."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
 
     def say(self, text: str) -> None:
         self.bench.say(text)
+
+    @contextmanager
+    def task(self, what: str, total: float | None = None) -> Generator["Line"]:
+        yield Line(self.bench, what, total)
+
+
+class Line:
+    """One piece of work under way, told now and then."""
+
+    def __init__(self, bench: Bench, what: str, total: float | None) -> None:
+        self.bench, self.what, self.total = bench, what, total
+        self.done, self.told = 0.0, time.perf_counter()
+
+    def advance(self, steps: float = 1, note: str = "") -> None:
+        """Count `steps` and say how far it is, if the last line is old enough."""
+        self.done += steps
+        if time.perf_counter() - self.told > 20:
+            self.told = time.perf_counter()
+            goal = f" of {self.total:g}" if self.total else ""
+            self.bench.say(f"{self.what}: {self.done:g}{goal} {note}")
 
 
 def apply(program: Program, plain: Mapping[str, Any], context: Context) -> Outcome:
