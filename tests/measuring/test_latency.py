@@ -106,7 +106,7 @@ def test_conditions_and_spread_are_stated(world):
         conditions={"x": {"threads": 2}},
     )
     value = found.latency["x"]
-    assert value.low < value.value <= value.high
+    assert (value.low, value.value, value.high) == pytest.approx((10, 10, 30))
     assert value.conditions["threads"] == 2
     assert "CPUs" in value.conditions["machine"]
 

@@ -187,3 +187,19 @@ def test_what_onnx_lacks_is_named(tmp_path):
     program = capture(Odd(), torch.randn(2, 3))
     with pytest.raises(ExportError, match="airy_ai"):
         write_onnx(program, tmp_path / "m.onnx")
+
+
+def test_operators_translated_here_need_no_decomposition(tmp_path, monkeypatch):
+    class Several(nn.Module):
+        def forward(self, x):
+            y = F.adaptive_avg_pool1d(x, 1).squeeze(-1)
+            z = torch.minimum(y, -y), torch.min(y, y.flip(1)), torch.max(y, -y)
+            kept = torch.ones_like(y, dtype=torch.bool) & (y > 0)
+            return *z, kept.to("cpu", torch.float64), y.to(torch.int32)
+
+    calls = []
+    real = torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *a, **k: calls.append(1) or real(*a, **k))
+    program = capture(Several(), torch.randn(2, 4, 6))
+    _check(program, write_onnx(program, tmp_path / "m.onnx"))
+    assert len(calls) == 1

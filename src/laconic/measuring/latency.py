@@ -6,9 +6,11 @@ of the turns, their range, and the ratio to a baseline taken round by round. A t
 other processes used more than 15 % of a CPU (total CPU time of /proc/stat less this process's own)
 is repeated, a bounded number of times; how often is in the result.
 
-All configurations stay loaded in one process. Their thread pools outlive a call (torch's and ONNX
-Runtime's threads spin for some milliseconds after it), so every turn begins with a short rest and
-with calls that are not counted. LAB.md tells how this compares with a process each.
+All configurations stay loaded in one process, and every turn begins with a rest and with calls that
+do not count. The rest is needed because thread pools outlive a call: measured as CPU time spent
+while the main thread slept after one, ONNX Runtime's threads spin for 40 ms, torch's and
+Inductor's (libgomp) for 10 ms, OpenVINO's (TBB) for 1 ms. Without it a turn would be timed against
+the spinning of the turn before, in one process or in many; after 100 ms all are asleep.
 """
 
 import gc
@@ -48,7 +50,7 @@ class Plan:
     seconds: float = 0.3
     calls: int = 3
     warm_calls: int = 2
-    rest: float = 0.02
+    rest: float = 0.1
     disturbance: float = 0.15
     repeats: int = 20
 

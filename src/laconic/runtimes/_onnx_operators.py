@@ -25,7 +25,12 @@ def missing() -> dict[Any, Callable[..., Any]]:
     return {
         aten.batch_norm.default: _batch_norm,
         aten.adaptive_avg_pool2d.default: _adaptive_average,
+        aten.adaptive_avg_pool1d.default: _adaptive_average,
         aten.to.dtype: _to_dtype,
+        aten.to.device: _to_device,
+        aten.__and__.Tensor: _both,
+        aten.min.other: _smaller,
+        aten.max.other: _larger,
         aten.conv_transpose1d.default: _conv_transpose,
         aten.conv_transpose2d.input: _conv_transpose,
         aten.conv_transpose3d.input: _conv_transpose,
@@ -106,15 +111,36 @@ def _batch_norm(
 def _adaptive_average(x: _IR, size: list[int]) -> _IR:
     op = _opset()
 
-    if list(size) != [1, 1]:
+    if set(size) != {1}:
         raise NotImplementedError
-    return op.ReduceMean(x, [-2, -1], keepdims=1)
+    return op.ReduceMean(x, list(range(-len(size), 0)), keepdims=1)
 
 
 def _to_dtype(x: _IR, dtype: int, *_: Any, **__: Any) -> _IR:
     op = _opset()
 
     return op.Cast(x, to=dtype)
+
+
+def _to_device(x: _IR, device: Any, dtype: int, *_: Any, **__: Any) -> _IR:
+    del device
+    return _opset().Cast(x, to=dtype)
+
+
+def _both(x: _IR, other: _IR) -> _IR:
+    from onnx_ir import DataType
+
+    if x.dtype != DataType.BOOL or other.dtype != DataType.BOOL:
+        raise NotImplementedError
+    return _opset().And(x, other)
+
+
+def _smaller(x: _IR, other: _IR) -> _IR:
+    return _opset().Min(x, other)
+
+
+def _larger(x: _IR, other: _IR) -> _IR:
+    return _opset().Max(x, other)
 
 
 def _conv_transpose(
