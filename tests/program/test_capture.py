@@ -141,6 +141,23 @@ def test_keyword_inputs_dynamic_sequence_and_records(generator):
     assert torch.equal(made.extra["hidden"], expected.extra["hidden"])
 
 
+class CatchAll(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x, **kwargs):
+        return self.linear(x) + kwargs["y"]
+
+
+def test_catch_all_keywords_get_dimensions_too():
+    model = CatchAll().eval()
+    program = capture(model, {"x": torch.ones(2, 3), "y": torch.ones(2, 3)})
+    assert "forward" not in vars(model)
+    x, y = torch.ones(5, 3), torch.full((5, 3), 2.0)
+    assert torch.equal(program(x, y=y), model(x, y=y))
+
+
 def test_what_eval_loses_is_said():
     class DropPath(nn.Module):
         p = 0.2

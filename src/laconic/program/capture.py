@@ -3,7 +3,8 @@
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,8 @@ def capture(model: nn.Module, example_inputs: Any, *, dynamic: Dynamic = "batch"
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            _try_eager(model, args, kwargs)
+        _try_eager(model, args, kwargs)
+        with torch.no_grad(), _named_arguments(model, kwargs):
             return _capture(model, args, kwargs, dynamic)
     finally:
         model.train(training)
@@ -73,7 +74,8 @@ def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _try_eager(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     try:
-        output = model(*args, **kwargs)
+        with torch.no_grad():
+            output = model(*args, **kwargs)
     except Exception as error:
         leaves = pytree.tree_leaves((args, kwargs))
         shapes = [tuple(t.shape) for t in leaves if isinstance(t, Tensor)]
@@ -207,8 +209,37 @@ def _by_parameter(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | None:
     """Shapes under the names of `forward`'s parameters, as torch.export wants them."""
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
-    return dict(bound.arguments)
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+
+
+@contextmanager
+def _named_arguments(model: nn.Module, kwargs: Mapping[str, Any]) -> Generator[None]:
+    """For a while, `forward(**kwargs)` names the arguments it is given.
+
+    torch.export (2.13) cannot give dimensions of what a catch-all parameter takes.
+    """
+    forward = model.forward
+    signature = inspect.signature(forward)
+    parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    extra = [name for name in kwargs if name not in {p.name for p in parameters}]
+    if not extra:
+        yield
+        return
+
+    def named(*given: Any, **others: Any) -> Any:
+        return forward(*given, **others)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, kind) for name in extra]
+    setattr(named, "__signature__", signature.replace(parameters=parameters + added))  # noqa: B010
+    own = model.__dict__.get("forward")
+    model.forward = named
+    try:
+        yield
+    finally:
+        del model.forward
+        if own is not None:
+            model.forward = own
 
 
 def _became_fixed(exported: ExportedProgram, wish: _Wish) -> str:

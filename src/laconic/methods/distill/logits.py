@@ -26,10 +26,10 @@ from torch import nn
 
 from laconic.core.task import Loader, Task
 from laconic.methods.base import Context, Method, Outcome
-from laconic.methods.distill import _teacher
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.solvers import teacher as teachers
 from laconic.training.distillation import Distillation, Kind, kind_for
 from laconic.training.evaluation import labelled, mean_loss, mean_score
 from laconic.training.loop import Job, Trained, train
@@ -81,9 +81,15 @@ class Logits(Plan, Method):
         pairs = self._pairs(student, context)
         kind: Kind = kind_for(context.task) if self.loss == "auto" else self.loss
         with ExitStack() as stack:
-            taught, runs_in, notes = _teacher.make(
-                stack, self.teacher, plan, list(pairs.values()), self._loader(context), context
+            lesson = teachers.Lesson(
+                original=context.original,
+                plan=plan,
+                taps=list(pairs.values()),
+                loader=self._loader(context),
+                device=context.device,
+                seed=context.seed,
             )
+            taught, runs_in, notes = teachers.make(stack, self.teacher, lesson)
             objective = Distillation(
                 task=context.task,
                 student=student,

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from laconic import runtimes
 from laconic.core.errors import ExportError, MissingExtra
 from laconic.core.task import Loader
-from laconic.methods.base import Context
+from laconic.program.program import Program
 from laconic.training.feed import Feed
 from laconic.training.plan import Plan
 from laconic.training.teacher import Original, Remembered, Teacher
@@ -34,60 +35,70 @@ class Deployed:
         return [torch.from_numpy(array) for array in arrays]
 
 
-def make(
-    stack: ExitStack, wish: Wish, plan: Plan, taps: Sequence[str], loader: Loader, context: Context
-) -> tuple[Teacher, str, list[str]]:
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher is wanted for: the original, its intermediate values `taps`, how long."""
+
+    original: Program
+    plan: Plan
+    taps: Sequence[str]
+    loader: Loader
+    device: torch.device
+    seed: int
+
+
+def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, list[str]]:
     """A teacher, what runs it, and what to know about that.
 
-    A list of batches, the same in every pass, is asked about once.
+    `stack` closes what the teacher needs. A list of batches, the same in every pass, is asked
+    about once.
 
     Raises:
         ExportError: the wished runtime cannot run the original.
     """
     notes: list[str] = []
     teacher: Teacher | None = None
-    name = wish if wish != "auto" else _choice(plan, taps, loader, context)
+    name = wish if wish != "auto" else _choice(lesson)
     if name != "torch":
         try:
-            teacher = _deployed(stack, name, plan, taps, context)
+            teacher = _deployed(stack, name, lesson)
         except (ExportError, MissingExtra) as error:
             if wish != "auto":
                 raise
             notes.append(f"the original runs in torch, because {name} cannot: {error}")
             name = "torch"
     if teacher is None:
-        teacher = Original(context.original, taps, context.device, plan.precision)
-    if isinstance(loader, (list, tuple)) and loader:
-        teacher = Remembered(teacher, len(loader))
+        teacher = Original(lesson.original, lesson.taps, lesson.device, lesson.plan.precision)
+    if isinstance(lesson.loader, (list, tuple)) and lesson.loader:
+        teacher = Remembered(teacher, len(lesson.loader))
     return teacher, name, notes
 
 
-def _choice(plan: Plan, taps: Sequence[str], loader: Loader, context: Context) -> str:
+def _choice(lesson: Lesson) -> str:
     """A runtime only on a CPU, for outputs only, and where there is much to run."""
-    if context.device.type != "cpu" or taps:
+    if lesson.device.type != "cpu" or lesson.taps:
         return "torch"
+    plan = lesson.plan
     if plan.minutes is not None:
         return "openvino" if plan.minutes >= 1 else "torch"
-    batches = Feed(loader, context.seed).known_length() or _FEW_STEPS
+    batches = Feed(lesson.loader, lesson.seed).known_length() or _FEW_STEPS
     steps = plan.steps or (plan.epochs or 1) * batches / (plan.accumulate or 1)
     return "openvino" if steps >= _FEW_STEPS else "torch"
 
 
-def _deployed(
-    stack: ExitStack, name: str, plan: Plan, taps: Sequence[str], context: Context
-) -> Teacher:
-    if taps:
+def _deployed(stack: ExitStack, name: str, lesson: Lesson) -> Teacher:
+    if lesson.taps:
         raise ExportError(
             "a runtime gives outputs only, and features were asked for",
             where="teacher",
             hint='take teacher: "torch" or features: 0',
         )
-    if context.device.type != "cpu":
-        raise ExportError(f"{name} runs on the CPU, training on {context.device}", where="teacher")
+    if lesson.device.type != "cpu":
+        raise ExportError(f"{name} runs on the CPU, training on {lesson.device}", where="teacher")
     runtime = runtimes.get(name)
-    precision: runtimes.Precision = "bf16" if plan.precision == "bf16" else "fp32"
-    if runtime.check(context.original, precision):
+    precision: runtimes.Precision = "bf16" if lesson.plan.precision == "bf16" else "fp32"
+    if runtime.check(lesson.original, precision):
         precision = "fp32"
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laconic-teacher-")))
-    path = runtime.write(context.original, folder / f"teacher{runtime.suffix}", precision)
+    path = runtime.write(lesson.original, folder / f"teacher{runtime.suffix}", precision)
     return Deployed(runtime.load(path, precision, torch.get_num_threads()))
