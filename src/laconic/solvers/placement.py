@@ -167,7 +167,7 @@ def _turned_uses(node: fx.Node, order: tuple[int, ...]) -> list[tuple[fx.Node, i
         if name in _TURNS:
             found += _turned_uses(user, _turn(user, order))
         elif name == "embedding" and user.all_input_nodes[0] is node:
-            found.append((user, order[0]))
+            found.append((user, next(iter(order))))
         elif name in _MATRIX and _is_weight(user, node) and len(order) >= 2:
             found.append((user, order[_out_axis(user)]))
         else:
