@@ -30,7 +30,7 @@ def test_a_bare_list_is_a_recipe_named_after_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("- {sites: x}", "step 1: a step needs the key 'method'"),
+        ("- {sites: x}", "step 1: found the keys ['sites'], expected 'method'"),
         ("- 3", "step 1: found int, expected a mapping"),
         ("steps: 3", "expected a list of steps"),
         ("stepz: []", "unknown key 'stepz'"),
