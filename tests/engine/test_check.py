@@ -52,7 +52,8 @@ def test_bad_data_is_named(program, task, change, error, says):
 
 
 def test_example_inputs_come_from_the_data(task):
-    (x,) = example_of(task)
+    (x,), place = example_of(task)
     assert x.shape == (8, 4)
+    assert place == "task.validation, batch 1"
     with pytest.raises(DataError, match="no data at all"):
         example_of(replace(task, train=None, validation=None, test=None))

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
-import click
 import typer
 
 from laconic.core.errors import LaconicError
@@ -41,7 +40,7 @@ def verb(function: Callable[P, R]) -> Callable[P, R]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (click.exceptions.Exit, click.ClickException, click.Abort):
+        except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt as error:
             fail("\n  ".join(["stopped", *getattr(error, "__notes__", [])]), code=130)
@@ -71,7 +70,7 @@ def choice(value: str, known: tuple[str, ...], option: str) -> str:
         BadParameter: another one; the nearest is named.
     """
     if value not in known:
-        raise click.BadParameter(f"{value!r}; {nearest(value, known)}", param_hint=option)
+        raise typer.BadParameter(f"{value!r}; {nearest(value, known)}", param_hint=option)
     return value
 
 
@@ -85,5 +84,5 @@ def runtime_name(name: str, *, auto: bool = True) -> str:
 
     known = [*(["auto"] if auto else []), *(n for n in names("laconic.runtimes") if n != "base")]
     if name not in known:
-        raise click.BadParameter(f"no runtime named {name!r}; {nearest(name, known)}")
+        raise typer.BadParameter(f"no runtime named {name!r}; {nearest(name, known)}")
     return name

@@ -4,16 +4,14 @@ from pathlib import Path
 
 from laconic import storage
 from laconic.core.errors import StorageError
-from laconic.engine.check import example_of
+from laconic.engine.check import capture_for
 from laconic.engine.taskfile import TaskFile, read_task_file
-from laconic.program.capture import capture
 from laconic.program.program import Program
 
 
 def captured(found: TaskFile) -> Program:
     """The model of a task file as a Program."""
-    example = found.example_inputs
-    return capture(found.model, example_of(found.task) if example is None else example)
+    return capture_for(found.model, found.task, found.example_inputs)
 
 
 def program_of(path: Path) -> Program:

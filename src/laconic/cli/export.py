@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from laconic.cli._app import Debug, Threads, verb
@@ -29,7 +28,7 @@ def export(
     """Write a model for a runtime and check it, output by output, against the Program."""
     del debug
     if to not in _KINDS:
-        raise click.BadParameter(
+        raise typer.BadParameter(
             f"{to!r} is no kind of file; {nearest(to, _KINDS)}", param_hint="--to"
         )
     from laconic import runtimes

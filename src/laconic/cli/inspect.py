@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -33,7 +32,7 @@ def inspect(
     name = runtime_name(runtime)
     name = "openvino" if name == "auto" else name
     if name == "inductor":
-        raise click.BadParameter("inductor reports no times per layer", param_hint="--runtime")
+        raise typer.BadParameter("inductor reports no times per layer", param_hint="--runtime")
     from laconic import runtimes
     from laconic.cli._load import program_of
     from laconic.engine.files import pick_precision

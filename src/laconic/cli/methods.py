@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -42,9 +43,13 @@ def _card(console: Console, name: str) -> None:
 
     made = method_class(name)
     console.print(f"[bold]{name}[/]\n")
-    console.print(_docstring(name), markup=False, highlight=False)
-    told = _described(made.__doc__ or "")
-    table = Table(title="\noptions", title_justify="left", box=None, pad_edge=False)
+    for paragraph in _docstring(name).split("\n\n"):
+        console.print(" ".join(paragraph.split()) + "\n", markup=False, highlight=False)
+    told: dict[str, str] = {}
+    for base in reversed(made.__mro__):  # options may be inherited, described where they stand
+        if issubclass(base, BaseModel):
+            told |= _described(base.__doc__ or "")
+    table = Table(title="options", title_justify="left", box=None, pad_edge=False)
     for column in ("option", "default", "kind", "what it does"):
         table.add_column(column, header_style="bold", overflow="fold")
     for key, field in made.model_fields.items():

@@ -14,7 +14,7 @@ from laconic.core.suggest import nearest
 from laconic.engine.files import as_precision
 from laconic.program.program import Program
 from laconic.runtimes.base import Array, Precision, Runtime, Shapes, batch_of
-from laconic.runtimes.openvino import openvino
+from laconic.runtimes.openvino import core
 
 EAGER = "eager"
 
@@ -163,7 +163,7 @@ def declared_inputs(path: Path, batch: int) -> dict[str, Array]:
     if not path.exists():
         raise ExportError("no such file", where=str(path))
     try:
-        model = openvino().Core().read_model(str(path))
+        model = core().read_model(str(path))
     except RuntimeError as error:
         raise ExportError("cannot be read", where=str(path)) from error
     found: dict[str, Array] = {}
@@ -211,7 +211,7 @@ def _kinds(path: Path, engine: str | None) -> list[Precision]:
     runtime = runtimes.get(engine) if engine else suffixes().get(path.suffix)
     if runtime is None or path.suffix == ".pt2":
         return ["fp32"]
-    model = openvino().Core().read_model(str(path))
+    model = core().read_model(str(path))
     kinds = {op.get_type_name() for op in model.get_ops()}
     if kinds & {"FakeQuantize", "QuantizeLinear", "DequantizeLinear"}:
         return ["int8"]

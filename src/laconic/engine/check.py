@@ -6,27 +6,48 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from laconic.core.errors import DataError, LaconicError, TaskError
 from laconic.core.task import Task, to_device
+from laconic.program.capture import Dynamic, capture
 from laconic.program.program import Program
 
 SPLITS = ("train", "calibration", "validation", "test")
 _BATCHES = 16  # of a split are looked at here; scoring looks at the inputs of all it uses
 
 
-def example_of(task: Task) -> Any:
-    """Example inputs for capture: the inputs of the first batch of the first split there is.
+def capture_for(
+    model: nn.Module, task: Task, example_inputs: Any = None, dynamic: Dynamic = "batch"
+) -> Program:
+    """Capture a model; without example inputs those of the task's first batch serve.
 
     Raises:
-        DataError: the task has no data, or the first batch does not split into inputs.
+        CaptureError: the model does not export, or holds NaN.
+        DataError: the example inputs do not fit the model; says where they come from.
+    """
+    if example_inputs is not None:
+        return capture(model, example_inputs, dynamic=dynamic)
+    inputs, place = example_of(task)
+    check_finite(inputs, place)
+    try:
+        return capture(model, inputs, dynamic=dynamic)
+    except DataError as error:
+        raise DataError(error.message, where=place, hint=error.hint) from error
+
+
+def example_of(task: Task) -> tuple[Any, str]:
+    """Inputs of the first batch of the first split there is, and its place in words.
+
+    Raises:
+        DataError: the task has no data, or the batch does not split into inputs.
     """
     for name in ("calibration", "validation", "train", "test"):
         loader = getattr(task, name)
         if loader is not None:
-            inputs, _ = _split(task, _first(loader, f"task.{name}"), f"task.{name}, batch 1")
-            return inputs
+            place = f"task.{name}, batch 1"
+            inputs, _ = _split(task, _first(loader, f"task.{name}"), place)
+            return inputs, place
     raise DataError(
         "has no data at all",
         where=task.name,

@@ -60,14 +60,14 @@ class Yard:
         threads: int | None = None,
         device: torch.device | None = None,
         progress: Progress = SILENT,
-        plan: latency.Plan = BRIEF,
+        plan: latency.Plan | None = None,
     ) -> None:
         self.folder = folder
         self.store = store
         self.threads = threads
         self.device = device or torch.device("cpu")
         self.progress = progress
-        self.plan = plan
+        self.plan = plan or BRIEF
         self._keys: dict[int, tuple[Program, str]] = {}
         folder.mkdir(parents=True, exist_ok=True)
 

@@ -31,11 +31,12 @@ def staged(folder: Path) -> Generator[Path]:
         yield stage
         for path in sorted(stage.iterdir()):
             path.replace(folder / path.name)
-    except OSError as error:
+    except (OSError, StorageError) as error:
+        place = error.where if isinstance(error, StorageError) and error.where else str(folder)
+        told = error.strerror if isinstance(error, OSError) else error.message
         raise StorageError(
-            f"could not be written: {error.strerror or error}; what was saved there earlier is "
-            "untouched",
-            where=str(folder),
+            f"{told or error}; what was saved in {folder} earlier is untouched",
+            where=place.replace(f"{stage.name}/", ""),
             hint="free some space or choose another folder",
         ) from error
     finally:

@@ -125,10 +125,9 @@ class _Names:
 def _openvino(
     program: Program, path: Path, precision: Precision, batch: int, threads: int
 ) -> list[list[tuple[str, str, float]]]:
-    from laconic.runtimes.openvino import openvino
+    from laconic.runtimes.openvino import core
 
-    core = openvino().Core()
-    model = core.read_model(str(path))
+    model = core().read_model(str(path))
     inputs = [value.get_any_name() for value in model.inputs]
     shapes = fixed_shapes(program, batch)
     settings: dict[str, Any] = {
@@ -140,7 +139,7 @@ def _openvino(
         settings["INFERENCE_PRECISION_HINT"] = {"fp32": "f32"}.get(precision, precision)
     try:
         model.reshape({name: list(shapes[name]) for name in inputs})
-        compiled = core.compile_model(model, "CPU", settings)
+        compiled = core().compile_model(model, "CPU", settings)
     except RuntimeError as error:
         raise ExportError(f"OpenVINO refuses it: {error}", where="openvino") from error
     request = compiled.create_infer_request()

@@ -17,7 +17,7 @@ from laconic.core.progress import SILENT, Progress
 from laconic.core.recipe import Recipe, Step
 from laconic.core.task import Task
 from laconic.engine import final
-from laconic.engine.check import check_task, example_of
+from laconic.engine.check import capture_for, check_task
 from laconic.engine.deploy import Deployed, Yard
 from laconic.engine.layers import layers
 from laconic.engine.pays import Pays
@@ -31,7 +31,7 @@ from laconic.planning.candidates import chains, recovery
 from laconic.planning.objective import Objective, choose_runtime
 from laconic.planning.search import Search
 from laconic.planning.verdict import verdict
-from laconic.program.capture import Dynamic, capture
+from laconic.program.capture import Dynamic
 from laconic.program.program import Program
 
 Steps = Recipe | Sequence[Step | Mapping[str, Any]]
@@ -119,8 +119,7 @@ def _prepare(
         program = model
     else:
         progress.say("capturing the model")
-        example = example_of(task) if inputs[0] is None else inputs[0]
-        program = capture(model, example, dynamic=inputs[1])
+        program = capture_for(model, task, *inputs)
     check_task(program, task)
     folder = settings.workdir
     if folder is None:

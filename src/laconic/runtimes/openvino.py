@@ -11,6 +11,7 @@ import importlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,6 +50,17 @@ def openvino() -> Any:
             blocked[_TELEMETRY] = before
 
 
+@cache
+def core() -> Any:
+    """The one `Core` of this process.
+
+    On CPUs with AMX a Core gives the thread a signal stack of its own, and takes it away in the
+    wrong order when several are alive: Ctrl-C then ends in a segmentation fault. One is never
+    taken away (OpenVINO 2026.4; seen with sigaltstack).
+    """
+    return openvino().Core()
+
+
 class OpenVino(Runtime):
     """See the module's docstring."""
 
@@ -71,7 +83,7 @@ class OpenVino(Runtime):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             source = write_onnx(program, Path(folder) / "model.onnx")
             target = Path(folder) / path.name
-            model = self._read(ov.Core(), source)
+            model = self._read(core(), source)
             try:
                 ov.save_model(model, str(target), compress_to_fp16=precision == "bf16")
                 target.with_suffix(".bin").replace(path.with_suffix(".bin"))
@@ -89,10 +101,9 @@ class OpenVino(Runtime):
     ) -> Runner:
         """Open an .xml or .onnx file and compile it for this CPU."""
         ov = openvino()
-        core = ov.Core()
-        model = self._read(core, path)
+        model = self._read(core(), path)
         inputs = tuple(value.get_any_name() for value in model.inputs)
-        hint = {"fp32": "f32", "bf16": "bf16"}.get(precision) or _native(core)
+        hint = {"fp32": "f32", "bf16": "bf16"}.get(precision) or _native(core())
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": threads or cores(),
@@ -101,7 +112,7 @@ class OpenVino(Runtime):
         try:
             if shapes:
                 model.reshape({name: list(shapes[name]) for name in inputs if name in shapes})
-            compiled = core.compile_model(model, "CPU", settings)
+            compiled = core().compile_model(model, "CPU", settings)
         except RuntimeError as error:
             raise ExportError(f"OpenVINO refuses it: {_reason(error)}", where=str(path)) from error
         conditions = {
@@ -153,7 +164,7 @@ def _native(core: Any) -> str:
 
 
 def _property(name: str) -> Any:
-    return openvino().Core().get_property("CPU", name)
+    return core().get_property("CPU", name)
 
 
 def _reason(error: RuntimeError) -> str:
