@@ -138,7 +138,9 @@ def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
     notes: list[str] = []
     for name, holders in held.items():
         uses = [
-            use for holder in holders for use in _weight_uses(holder, program.tensor(name).ndim)
+            use
+            for holder in holders
+            for use in _turned_uses(holder, range(program.tensor(name).ndim))
         ]
         if not any(use is not None for use in uses):
             continue
@@ -154,20 +156,18 @@ def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
     return found, notes
 
 
-def _weight_uses(node: fx.Node, rank: int) -> list[tuple[fx.Node, int] | None]:
-    """(operator, output axis of the stored tensor) of every use; None for an unknown one."""
-    return _turned_uses(node, tuple(range(rank)))
+def _turned_uses(node: fx.Node, order: Sequence[int]) -> list[tuple[fx.Node, int] | None]:
+    """(operator, output axis of the stored tensor) of every use; None for an unknown one.
 
-
-def _turned_uses(node: fx.Node, order: tuple[int, ...]) -> list[tuple[fx.Node, int] | None]:
-    """`order[i]` is the stored dimension that stands at place `i` here."""
+    `order[i]` is the stored dimension that stands at place `i` here.
+    """
     found: list[tuple[fx.Node, int] | None] = []
     for user in node.users:
         name = base_name(user)
         if name in _TURNS:
             found += _turned_uses(user, _turn(user, order))
         elif name == "embedding" and user.all_input_nodes[0] is node:
-            found.append((user, next(iter(order))))
+            found.append((user, order[0]))
         elif name in _MATRIX and _is_weight(user, node) and len(order) >= 2:
             found.append((user, order[_out_axis(user)]))
         else:
@@ -175,7 +175,7 @@ def _turned_uses(node: fx.Node, order: tuple[int, ...]) -> list[tuple[fx.Node, i
     return found
 
 
-def _turn(node: fx.Node, order: tuple[int, ...]) -> tuple[int, ...]:
+def _turn(node: fx.Node, order: Sequence[int]) -> Sequence[int]:
     args: Any = node.args
     name = base_name(node)
     if name == "permute":
