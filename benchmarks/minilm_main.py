@@ -35,7 +35,9 @@ PRUNE: dict[str, Any] = {
     "method": "prune.channels", "sites": ["*.heads", "*.intermediate.*"], "of": "channels",
     "ratio": {"*.heads": 1 / 3, "*.intermediate.*": 0.5},
 }  # fmt: skip
-RECOVER: dict[str, Any] = {"method": "distill.logits"}
+RECOVER: dict[str, Any] = {
+    "method": "distill.logits", "steps": 700, "lr": 3e-4, "features": 0.5,
+}  # fmt: skip
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 
 Batch = dict[str, Tensor]
