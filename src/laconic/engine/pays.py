@@ -11,12 +11,12 @@ from torch import fx
 
 from laconic import storage
 from laconic.core.budget import Objective
-from laconic.engine.deploy import Yard, fastest
+from laconic.engine.deploy import Yard, fastest, least
 from laconic.program.cost import cost
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 
-_TIE = 0.02  # medians of the same file, measured twice, differ by about that
+_TIE = 0.02  # two measurements of one file differ by about that
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Pays:
         if not after_only:
             return f"{self.runtime} cannot run it"
         new = measured[fastest(after_only)]
-        if new.value < old.value * (1 - _TIE) or (new.value <= old.value * (1 + _TIE) and smaller):
+        now, then = least(new), least(old)
+        if now < then * (1 - _TIE) or (now <= then * (1 + _TIE) and smaller):
             return ""
         return (
-            f"{new.value:.3g} ms in {new.conditions['precision']} is no gain over "
-            f"{old.value:.3g} ms in {old.conditions['precision']} before it "
+            f"{now:.3g} ms in {new.conditions['precision']} is no gain over "
+            f"{then:.3g} ms in {old.conditions['precision']} before it "
             f"({self.runtime}, batch {self.batch})"
         )
 

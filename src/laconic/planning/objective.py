@@ -1,13 +1,13 @@
 """What the budget minimises, measured the same way for every candidate and for the original."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from laconic import storage
 from laconic.core.budget import Budget
 from laconic.core.errors import ExportError
 from laconic.core.measurement import Measurement
-from laconic.engine.deploy import Deployed, Yard, fastest
+from laconic.engine.deploy import Deployed, Yard, fastest, least
 from laconic.engine.store import key_of
 from laconic.program.cost import cost
 from laconic.program.freezing import freeze
@@ -58,15 +58,21 @@ class Objective:
     def measure(self, way: Deployed) -> Measurement:
         """The objective of one way; a latency is taken beside the original's best."""
         if self.budget.minimize == "latency":
-            return self._latencies({"candidate": way, "original": self.peer})["candidate"]
+            found = self._latencies({"candidate": way, "original": self.peer})
+            return _beside(found["candidate"], found["original"])
         if self.budget.minimize == "size":
             return Measurement(name="size", value=self.file_bytes(way), unit="B")
         return Measurement(name="macs", value=cost(way.program).macs, unit="MAC")
 
     def better(self, measured: Measurement) -> bool:
-        """Whether a value is a gain over the original's best."""
-        margin = _GAIN if self.budget.minimize == "latency" else 0.0
-        return measured.value < self.baseline.value * (1 - margin)
+        """Whether a value is a gain over the original's best, taken in the same run.
+
+        Latencies are compared by their least disturbed turn: other work only ever adds time.
+        """
+        if self.budget.minimize != "latency":
+            return measured.value < self.baseline.value
+        beside = measured.conditions.get("original, least", least(self.baseline))
+        return least(measured) < beside * (1 - _GAIN)
 
     def together(self, ways: Sequence[Deployed]) -> list[Measurement]:
         """The objective of several, latencies interleaved in one run with the original."""
@@ -75,7 +81,7 @@ class Objective:
         labels = {str(number): way for number, way in enumerate(ways)}
         found = self._latencies({**labels, "original": self.peer})
         self.baseline = found["original"]
-        return [found[label] for label in labels]
+        return [_beside(found[label], found["original"]) for label in labels]
 
     def file_bytes(self, way: Deployed) -> int:
         """Bytes of the `.laconic` file."""
@@ -91,10 +97,15 @@ class Objective:
         if len(ways) < 2:
             return ways
         found = self._latencies({way.precision: way for way in ways})
-        return sorted(ways, key=lambda way: found[way.precision].value)
+        return sorted(ways, key=lambda way: least(found[way.precision]))
 
     def _latencies(self, ways: Mapping[str, Deployed]) -> dict[str, Measurement]:
         return self.yard.latencies(ways, self.budget.batch)
+
+
+def _beside(measured: Measurement, original: Measurement) -> Measurement:
+    stated = {**measured.conditions, "original, least": least(original)}
+    return replace(measured, conditions=stated)
 
 
 def choose_runtime(program: Program, budget: Budget, yard: Yard) -> str:

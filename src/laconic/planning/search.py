@@ -9,14 +9,14 @@ from laconic.core.errors import BudgetError, LaconicError
 from laconic.core.measurement import Measurement
 from laconic.core.recipe import Recipe
 from laconic.core.task import Task
-from laconic.engine.deploy import Deployed, Yard
+from laconic.engine.deploy import Deployed, Yard, least
 from laconic.engine.result import Candidate
 from laconic.engine.run import Bench, Ran, run
 from laconic.planning import guard
 from laconic.planning.candidates import Chain
 from laconic.planning.objective import Objective
 
-_TIE = 0.03  # two files whose medians differ by less are equally fast here
+_TIE = 0.03  # two files whose latencies differ by less are equally fast here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ class Search:
             for each, measured in zip(accepted, again, strict=True)
         ]
         self.tried = [next((s for s in settled if s.ran is each.ran), each) for each in self.tried]
-        least = min(each.objective.value for each in settled)
-        best = [each for each in settled if each.objective.value <= least * (1 + _TIE)]
+        strongest = min(least(each.objective) for each in settled)
+        best = [each for each in settled if least(each.objective) <= strongest * (1 + _TIE)]
         return min(best, key=lambda each: self.objective.file_bytes(each.way))
 
     def candidates(self, chosen: Tried) -> list[Candidate]:
@@ -175,10 +175,10 @@ def _nothing(search: Search) -> str:
 
 
 def _way_out(search: Search) -> str:
-    least = guard.needed(search.task, search.budget)
+    enough = guard.needed(search.task, search.budget)
     count = search.tried[0].drop.repeats if search.tried else 0
-    if least is not None and count < least:
-        return f"give at least {least} validation samples, or raise --max-drop"
+    if enough is not None and count < enough:
+        return f"give at least {enough} validation samples, or raise --max-drop"
     if search.tried and not any(search.objective.better(each.objective) for each in search.tried):
         return "try another --minimize, --runtime or --batch"
     return "raise --max-drop, or give more validation and training data"

@@ -1,0 +1,140 @@
+"""The budget loop on a model whose recipes' effects are known beforehand."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import laconic
+from laconic.core.errors import BudgetError
+from laconic.core.recipe import Recipe
+from laconic.engine import deploy
+from laconic.engine.store import fingerprint
+from laconic.measuring import latency
+from laconic.planning import compress as compress_module
+from laconic.planning.candidates import Chain, chains, recovery
+from laconic.program.capture import capture
+from laconic.program.groups import groups
+
+W = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+
+
+def batches(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(64, 8, generator=draw) for _ in range(count)]
+    return [(x, (x @ W).argmax(1)) for x in inputs]
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = latency.Plan(rounds=2, seconds=0.0, calls=2, rest=0.0, repeats=0)
+    monkeypatch.setattr(deploy, "BRIEF", plan)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    """Exact on the task; half of its hidden units do nothing."""
+    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+    with torch.no_grad():
+        for layer in (net[0], net[2]):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        for k in range(3):
+            net[0].weight[2 * k], net[0].weight[2 * k + 1] = W[:, k], -W[:, k]
+            net[2].weight[k, 2 * k], net[2].weight[k, 2 * k + 1] = 1.0, -1.0
+    return net.eval()
+
+
+@pytest.fixture
+def task() -> laconic.Task:
+    return laconic.classification(
+        train=batches(4, 1), validation=batches(12, 2), test=batches(3, 3)
+    )
+
+
+def cut(name: str, keep: list[int]) -> Recipe:
+    step = {"method": "prune.channels", "keep": {name: keep}, "compensate": False}
+    return Recipe.of([{**step, "recalibrate": False, "block": 1}], name=f"keep {len(keep)}")
+
+
+def try_only(monkeypatch: pytest.MonkeyPatch, *recipes: Recipe) -> None:
+    monkeypatch.setattr(
+        compress_module, "chains", lambda program, budget, recover: [Chain("given", recipes)]
+    )
+
+
+def test_the_strongest_within_the_budget_is_kept(model, task, monkeypatch, tmp_path):
+    program = capture(model, torch.randn(2, 8))
+    name = groups(program)[0].name
+    mild, strong, beyond = (cut(name, list(range(n))) for n in (9, 6, 2))
+    never = cut(name, [0])
+    try_only(monkeypatch, mild, strong, beyond, never)
+    before = fingerprint(program)
+    result = laconic.compress(
+        program, task, budget=laconic.Budget(minimize="macs", threads=1), workdir=tmp_path
+    )
+    assert [c.name for c in result.candidates] == ["keep 9", "keep 6", "keep 2"]
+    assert [c.accepted for c in result.candidates] == [True, True, False]
+    assert [c.chosen for c in result.candidates] == [False, True, False]
+    assert result.program.tensor("0.weight").shape == (6, 8)
+    assert result.changes["0.weight"][0].tolist() == list(range(6))
+    assert fingerprint(program) == before
+    x = torch.randn(16, 8)
+    torch.testing.assert_close(result.program(x), model(x))
+    drop = result.candidates[1].drop
+    assert drop.conditions["losses"] == 0
+    assert drop.conditions["split"] == "validation"
+    splits = {m.conditions.get("split") for m in result.measurements["compressed"]}
+    assert {"validation", "test"} <= splits
+    assert "within the budget" in result.verdict
+    replayed = laconic.compress(program, task, recipe=result.recipe)
+    assert fingerprint(replayed.program) == fingerprint(result.program)
+
+
+def test_the_test_split_plays_no_part_in_the_choice(model, task, monkeypatch):
+    program = capture(model, torch.randn(2, 8))
+    name = groups(program)[0].name
+    try_only(monkeypatch, cut(name, list(range(2))))
+    looked: list[int] = []
+
+    class Test(list[object]):
+        def __iter__(self):
+            looked.append(1)
+            return super().__iter__()
+
+    from dataclasses import replace
+
+    watched = replace(task, test=Test(task.test))
+    with pytest.raises(BudgetError, match=r"closest was 'keep 2': beyond the budget of 0.5"):
+        laconic.compress(program, watched, budget=laconic.Budget(minimize="macs", threads=1))
+    assert len(looked) <= 2  # the check of its shapes, before anything was tried
+
+
+def test_a_resumed_search_does_not_repeat_what_was_done(model, task, monkeypatch, tmp_path: Path):
+    program = capture(model, torch.randn(2, 8))
+    name = groups(program)[0].name
+    try_only(monkeypatch, cut(name, list(range(9))), cut(name, list(range(6))))
+    budget = laconic.Budget(minimize="macs", threads=1)
+    first = laconic.compress(program, task, budget=budget, workdir=tmp_path)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a finished step ran again")
+
+    monkeypatch.setattr("laconic.methods.prune.channels.PruneChannels.apply", never)
+    again = laconic.compress(program, task, budget=budget, workdir=tmp_path)
+    assert fingerprint(again.program) == fingerprint(first.program)
+    assert [c.name for c in again.candidates] == [c.name for c in first.candidates]
+
+
+def test_candidates_go_from_mild_to_strong(model, task):
+    program = capture(model, torch.randn(2, 8))
+    recover = recovery(program, task, laconic.Budget())
+    assert recover is not None
+    assert recover.method == "distill.logits"
+    found = chains(program, laconic.Budget(minimize="size"), recover)
+    assert [r.name for r in found[0].recipes] == ["fold"]
+    ratios = [r.steps[0].options["ratio"] for r in found[2].recipes]
+    assert ratios == sorted(ratios)
+    assert {r.steps[0].options["of"] for r in found[2].recipes} == {"parameters"}
+    assert all(r.steps[1] == recover for r in found[2].recipes)
