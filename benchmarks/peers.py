@@ -8,6 +8,7 @@ A *runner* is a callable that takes the list of input arrays and returns the lis
 """
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -85,12 +86,12 @@ def reshaped(model: Any, batch: int) -> Any:
     """A copy of an `openvino.Model` for another fixed batch."""
     import openvino
 
-    copy = model.clone()
-    copy.reshape({
+    twin = model.clone()
+    twin.reshape({
         port: openvino.PartialShape([batch, *list(port.get_partial_shape())[1:]])
-        for port in copy.inputs
+        for port in twin.inputs
     })  # fmt: skip
-    return copy
+    return twin
 
 
 def openvino_runner(model: Any, precision: str, threads: int) -> Runner:
@@ -229,11 +230,11 @@ def torch_pruning(
     and hessian come from (inputs, labels) `batches`.
     """
     low, high, found = 0.0, 0.95, None
-    data = list(batches)
+    gradients = _gradients(model, importance, batches)
     full = _torch_pruning_macs(model, example)
     for _ in range(9):
         middle = (low + high) / 2
-        pruned = _torch_pruned(model, example, middle, importance, data, within)
+        pruned = _torch_pruned(model, example, middle, importance, gradients, within)
         if full / _torch_pruning_macs(pruned, example) < ratio:
             low = middle
         else:
@@ -243,6 +244,30 @@ def torch_pruning(
     return found
 
 
+def _gradients(model: nn.Module, importance: str, batches: Iterable[Any]) -> dict[str, Tensor]:
+    """What the score needs of the loss: parameter name -> gradient, or mean squared gradient.
+
+    The squared ones are gathered here, a sample at a time: `accumulate_grad` of Torch-Pruning 1.6.1
+    keeps the last sample only.
+    """
+    if importance not in ("taylor", "hessian"):
+        return {}
+    found: dict[str, Tensor] = {}
+    count = 0
+    for inputs, labels in batches:
+        size = len(inputs) if importance == "taylor" else 1
+        for x, y in zip(inputs.split(size), labels.split(size), strict=True):
+            model.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(x), y).backward()
+            count += 1
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    value = parameter.grad if importance == "taylor" else parameter.grad.square()
+                    found[name] = found[name] + value if name in found else value.clone()
+    model.zero_grad(set_to_none=True)
+    return {name: value / count for name, value in found.items()}
+
+
 def _torch_pruning_macs(model: nn.Module, example: Tensor) -> float:
     import torch_pruning
 
@@ -250,11 +275,9 @@ def _torch_pruning_macs(model: nn.Module, example: Tensor) -> float:
 
 
 def _torch_pruned(
-    model: nn.Module, example: Tensor, channels: float, importance: str, data: list[Any],
-    within: Callable[[nn.Module], list[nn.Module]],
+    model: nn.Module, example: Tensor, channels: float, importance: str,
+    gradients: Mapping[str, Tensor], within: Callable[[nn.Module], list[nn.Module]],
 ) -> nn.Module:  # fmt: skip
-    import copy
-
     import torch_pruning as tp
 
     model = copy.deepcopy(model).eval()
@@ -267,29 +290,20 @@ def _torch_pruned(
         "bn_scale": tp.importance.BNScaleImportance,
         "lamp": tp.importance.LAMPImportance,
     }[importance]()
+    for name, parameter in model.named_parameters():
+        if name in gradients:
+            parameter.grad = gradients[name].clone()
+            if importance == "hessian":  # a group looks its squared gradients up here
+                scorer._accu_grad[parameter] = gradients[name].clone()
+                scorer._counter[parameter] = 1
     with quiet():
         pruner = tp.pruner.BasePruner(
             model, example, importance=scorer, global_pruning=True, pruning_ratio=channels,
             max_pruning_ratio=0.95, ignored_layers=within(model),
         )  # fmt: skip
-        if importance == "taylor":
-            for inputs, labels in data:
-                nn.functional.cross_entropy(model(inputs), labels).backward()
-        if importance == "hessian":
-            _hessian_gradients(model, scorer, data)
         pruner.step()
     model.zero_grad(set_to_none=True)
     return model
-
-
-def _hessian_gradients(model: nn.Module, scorer: Any, data: list[Any]) -> None:
-    """Per-sample squared gradients, as Torch-Pruning's own examples gather them."""
-    scorer.zero_grad()
-    for inputs, labels in data:
-        for loss in nn.functional.cross_entropy(model(inputs), labels, reduction="none"):
-            model.zero_grad()
-            loss.backward(retain_graph=True)
-            scorer.accumulate_grad(model)
 
 
 def recalibrated(model: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

@@ -44,7 +44,7 @@ PRUNE: dict[str, Any] = {
 }
 RECOVER: dict[str, Any] = {"method": "distill.logits", "steps": 1400}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
-TORCH_PRUNING = ("l1", "l2", "taylor", "hessian", "fpgm", "bn_scale", "lamp")
+TORCH_PRUNING = ("taylor", "l2", "l1", "fpgm", "bn_scale", "lamp", "hessian")
 
 
 class Job:
@@ -120,7 +120,7 @@ def inner_only(model: nn.Module) -> list[nn.Module]:
 
 def torch_pruned(job: Job, importance: str) -> nn.Module:
     """Torch-Pruning at the same MACs, gradients (where wanted) from the calibration images."""
-    count = 64 if job.quick else 256 if importance == "hessian" else CALIBRATION
+    count = 64 if job.quick else CALIBRATION
     images = cifar10("train")[:count]
     data = list(zip(images.tensor().split(32), images.labels.split(32), strict=True))
     return peers.torch_pruning(job.model, torch.zeros(1, 3, 32, 32), RATIO, importance, data,
