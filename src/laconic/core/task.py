@@ -1,8 +1,8 @@
 """What a model is for: its data, its loss and its score per sample."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -102,76 +102,57 @@ class Task:
         raise DataError(f"the task has no {' or '.join(splits)} data", where=self.name)
 
 
-def _correct(outputs: Any, targets: Tensor) -> Tensor:
-    return (first_tensor(outputs).argmax(-1) == targets).float()
+class TaskFields(TypedDict, total=False):
+    """What every builder takes by keyword: the fields of `Task`."""
+
+    train: Loader | None
+    calibration: Loader | None
+    validation: Loader | None
+    test: Loader | None
+    loss: Callable[[Any, Any], Tensor]
+    metric: Callable[[Any, Any], Tensor]
+    split: Callable[[Any], tuple[Inputs, Any]]
+    logits: Callable[[Any], Tensor]
+    name: str
+    metric_name: str
+    unit: str
+    scale: float
+    higher_is_better: bool
+    binary: bool
 
 
-def classification(
-    *,
-    train: Loader | None = None,
-    validation: Loader | None = None,
-    calibration: Loader | None = None,
-    test: Loader | None = None,
-    **options: Any,
-) -> Task:
+def classification(**fields: Unpack[TaskFields]) -> Task:
     """One label per sample: logits `[batch, classes]`, targets `[batch]` int64; accuracy in %."""
-    defaults: dict[str, Any] = {
-        "loss": lambda outputs, targets: F.cross_entropy(first_tensor(outputs), targets),
-        "metric": _correct,
-        "name": "classification",
-        "metric_name": "accuracy",
-        "unit": "%",
-        "scale": 100.0,
-        "binary": True,
-    }
-    return Task(
-        train=train,
-        validation=validation,
-        calibration=calibration,
-        test=test,
-        **{**defaults, **options},
+    made = Task(
+        loss=lambda outputs, targets: F.cross_entropy(first_tensor(outputs), targets),
+        metric=lambda outputs, targets: (first_tensor(outputs).argmax(-1) == targets).float(),
+        name="classification",
+        metric_name="accuracy",
+        unit="%",
+        scale=100.0,
+        binary=True,
     )
+    return replace(made, **fields)
 
 
-def regression(
-    *,
-    train: Loader | None = None,
-    validation: Loader | None = None,
-    calibration: Loader | None = None,
-    test: Loader | None = None,
-    **options: Any,
-) -> Task:
+def regression(**fields: Unpack[TaskFields]) -> Task:
     """Targets of the outputs' shape; the score is a sample's squared error, lower is better."""
 
     def error(outputs: Any, targets: Tensor) -> Tensor:
         difference = first_tensor(outputs) - targets
         return difference.pow(2).flatten(1).mean(1)
 
-    defaults: dict[str, Any] = {
-        "loss": lambda outputs, targets: F.mse_loss(first_tensor(outputs), targets),
-        "metric": error,
-        "name": "regression",
-        "metric_name": "squared error",
-        "higher_is_better": False,
-    }
-    return Task(
-        train=train,
-        validation=validation,
-        calibration=calibration,
-        test=test,
-        **{**defaults, **options},
+    made = Task(
+        loss=lambda outputs, targets: F.mse_loss(first_tensor(outputs), targets),
+        metric=error,
+        name="regression",
+        metric_name="squared error",
+        higher_is_better=False,
     )
+    return replace(made, **fields)
 
 
-def language_modelling(
-    *,
-    train: Loader | None = None,
-    validation: Loader | None = None,
-    calibration: Loader | None = None,
-    test: Loader | None = None,
-    ignore: int = -100,
-    **options: Any,
-) -> Task:
+def language_modelling(*, ignore: int = -100, **fields: Unpack[TaskFields]) -> Task:
     """Logits `[batch, tokens, vocabulary]`, targets `[batch, tokens]`; score: nats per token.
 
     Targets are the tokens to predict at each position; positions equal to `ignore` do not count.
@@ -185,51 +166,32 @@ def language_modelling(
         counted = (targets != ignore).sum(1).clamp(min=1)
         return each.sum(1) / counted
 
-    defaults: dict[str, Any] = {
-        "loss": lambda outputs, targets: F.cross_entropy(
+    made = Task(
+        loss=lambda outputs, targets: F.cross_entropy(
             first_tensor(outputs).flatten(0, 1), targets.flatten(), ignore_index=ignore
         ),
-        "metric": nats,
-        "name": "language modelling",
-        "metric_name": "loss",
-        "unit": "nats/token",
-        "higher_is_better": False,
-    }
-    return Task(
-        train=train,
-        validation=validation,
-        calibration=calibration,
-        test=test,
-        **{**defaults, **options},
+        metric=nats,
+        name="language modelling",
+        metric_name="loss",
+        unit="nats/token",
+        higher_is_better=False,
     )
+    return replace(made, **fields)
 
 
-def embedding(
-    *,
-    train: Loader | None = None,
-    validation: Loader | None = None,
-    calibration: Loader | None = None,
-    test: Loader | None = None,
-    **options: Any,
-) -> Task:
+def embedding(**fields: Unpack[TaskFields]) -> Task:
     """Targets are the wanted embeddings `[batch, features]`; the score is the cosine to them."""
 
     def cosine(outputs: Any, targets: Tensor) -> Tensor:
         return F.cosine_similarity(first_tensor(outputs), targets, dim=-1)
 
-    defaults: dict[str, Any] = {
-        "loss": lambda outputs, targets: (1 - cosine(outputs, targets)).mean(),
-        "metric": cosine,
-        "name": "embedding",
-        "metric_name": "cosine",
-    }
-    return Task(
-        train=train,
-        validation=validation,
-        calibration=calibration,
-        test=test,
-        **{**defaults, **options},
+    made = Task(
+        loss=lambda outputs, targets: (1 - cosine(outputs, targets)).mean(),
+        metric=cosine,
+        name="embedding",
+        metric_name="cosine",
     )
+    return replace(made, **fields)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
