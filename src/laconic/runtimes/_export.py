@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from laconic.core.errors import ExportError
@@ -109,7 +110,12 @@ def export(
         }
     try:
         with torch.no_grad(), quiet():
-            return torch.export.export(module, example, dynamic_shapes=dynamic)
+            try:
+                return torch.export.export(module, example, dynamic_shapes=dynamic)
+            except UserError:
+                # a dimension with limits of its own (a table of positions): let torch find them
+                found = {n: dict.fromkeys(held, Dim.AUTO) for n, held in (dynamic or {}).items()}
+                return torch.export.export(module, example, dynamic_shapes=found or None)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
         lines = str(error).strip().splitlines() or [repr(error)]
         raise ExportError(
