@@ -13,7 +13,7 @@ from laconic.program.cost import cost
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 
-_GAIN = 0.02  # a latency has to fall by more than the noise of a median
+_GAIN = 0.05  # a latency has to fall by more than the noise between two short measurements
 _AUTO = ("openvino", "onnxruntime")  # Inductor compiles for tens of seconds: only where asked for
 
 
