@@ -116,6 +116,7 @@ def test_it_recovers_on_unlabelled_data(original, narrow):
         {"alpha": 0.0, "hard": "teacher"},
         {"features": 0.5},
         {"ema": 0.5},
+        {"steps": None, "minutes": 0.02},
         {"steps": None, "epochs": 1.5, "precision": "auto", "optimizer": "adamw"},
     ],
 )

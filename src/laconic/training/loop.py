@@ -156,14 +156,14 @@ class _Run:
 
     def run(self) -> Trained:
         """All steps that are left, then the best state."""
-        resumed = self._resume()
-        if not resumed:
+        if self._resume():
+            self.feed.skip(self.state.step * self.batches)
+        else:
             first = self._evaluate() if self.job.score else None
             if first is not None:
                 self.state.judge(first)
                 self.state.evaluations.append((0, None, first))
             self.plan = self.plan.of_steps(self._steps())
-        self.feed.skip(self.state.step * self.batches)
         self._go()
         self._save(final=True)
         return self._finish()
