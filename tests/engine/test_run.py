@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from laconic.core.errors import RecipeError, SurgeryError
+from laconic.core.progress import Progress
 from laconic.core.recipe import Recipe
 from laconic.engine.run import Bench, run
 from laconic.engine.store import Store, fingerprint
@@ -41,27 +42,32 @@ def test_changes_of_two_cuts_name_positions_of_the_original(fakes, program, task
     assert torch.equal(done.program.tensor("0.weight"), program.tensor("0.weight")[kept])
 
 
+class Saying(Progress):
+    """Hands on what is said."""
+
+    def __init__(self, then):
+        self.say = then
+
+
 def test_resumed_is_uninterrupted(fakes, program, task, tmp_path: Path):
     whole = run(program, RECIPE, bench(task, program))
 
-    class Stop(KeyboardInterrupt):
-        pass
+    def stops(text):
+        if text.startswith("halve"):
+            raise KeyboardInterrupt
 
-    def stops(before, after):
-        if len(fakes) == 2:
-            raise Stop
-        return ""
-
+    stopping = bench(task, program, tmp_path)
+    stopping = replace(stopping, context=replace(stopping.context, progress=Saying(stops)))
     fakes.clear()
-    with pytest.raises(Stop):
-        run(program, RECIPE, bench(task, program, tmp_path, judge=stops))
+    with pytest.raises(KeyboardInterrupt):
+        run(program, RECIPE, stopping)
+    assert fakes == [("scale", 3.0)]
     fakes.clear()
-    stops_no_more = bench(task, program, tmp_path, judge=stops)
-    resumed = run(program, RECIPE, stops_no_more)
+    resumed = run(program, RECIPE, bench(task, program, tmp_path))
     assert fakes == [("halve", 0.0)]  # the finished step came from the folder
     assert fingerprint(resumed.program) == fingerprint(whole.program)
     assert resumed.recipe == whole.recipe
-    again = run(program, RECIPE, stops_no_more)
+    again = run(program, RECIPE, bench(task, program, tmp_path))
     assert fakes == [("halve", 0.0)]
     assert again.changes["0.weight"][0].tolist() == whole.changes["0.weight"][0].tolist()
     assert torch.equal(again.program.example[0], program.example[0])
@@ -91,16 +97,36 @@ def test_other_seeds_share_nothing(fakes, program, task, tmp_path):
     assert len(fakes) == 4
 
 
-def test_a_step_that_does_not_pay_is_undone(fakes, program, task):
-    def judge(before, after):
-        return "not faster" if after.tensor("0.weight").shape[0] < 8 else ""
+class Widths:
+    """Judges by the width of the first layer: a recipe has to make it smaller than `enough`."""
 
-    done = run(program, RECIPE, bench(task, program, judge=judge))
+    def __init__(self, enough):
+        self.enough = enough
+
+    def concerns(self, before, after):
+        return before.tensor("0.weight").shape != after.tensor("0.weight").shape
+
+    def __call__(self, without, made):
+        wide, narrow = (p.tensor("0.weight").shape[0] for p in (without, made))
+        return "" if narrow < wide and narrow <= self.enough else f"{narrow} is no gain over {wide}"
+
+
+def test_a_step_that_does_not_pay_is_undone(fakes, program, task):
+    done = run(program, RECIPE, bench(task, program, judge=Widths(3)))
     assert [record.kept for record in done.steps] == [True, False]
-    assert done.steps[1].reason == "not faster"
+    assert done.steps[1].reason == "4 is no gain over 8"
     assert [step.method for step in done.recipe] == ["scale"]
     assert done.changes == {}
     assert done.program.tensor("0.weight").shape == (8, 4)
+
+
+def test_a_step_that_pays_with_a_later_one_only_is_kept(fakes, program, task):
+    twice = Recipe.of([{"method": "halve"}, {"method": "scale"}, {"method": "halve"}])
+    done = run(program, twice, bench(task, program, judge=Widths(2)))
+    assert all(record.kept for record in done.steps)
+    assert done.program.tensor("0.weight").shape == (2, 4)
+    # what each is compared with is made without the steps that are not judged
+    assert [name for name, _ in fakes].count("scale") == 1
 
 
 def test_replaying_the_resolved_recipe_is_bit_exact(fakes, program, task, tmp_path):

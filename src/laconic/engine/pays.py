@@ -1,8 +1,8 @@
 """Whether a step pays where it counts: measured in the runtime, at the best precision of each side.
 
-A step pays if the result is better in what the budget minimises, or as good and its file smaller.
-Steps that leave the operators and their shapes alone (training, compensation) are not judged: what
-they are for is seen in the score.
+A step pays if the result is better in what the budget minimises than the same recipe without it, or
+as good and its file smaller. Steps that leave the operators and their shapes alone (training,
+compensation) are not judged: what they are for is seen in the score.
 """
 
 from dataclasses import dataclass, field
@@ -28,37 +28,39 @@ class Pays:
     batch: int
     yard: Yard = field(repr=False, compare=False)
 
-    def __call__(self, before: Program, after: Program) -> str:
-        """Why `after` is not worth having over `before`; empty where it is."""
-        if skeleton(before) == skeleton(after):
-            return ""
-        old_bytes, new_bytes = (storage.predict(freeze(p)).total for p in (before, after))
+    def concerns(self, before: Program, after: Program) -> bool:
+        """Whether operators or shapes changed."""
+        return skeleton(before) != skeleton(after)
+
+    def __call__(self, without: Program, made: Program) -> str:
+        """Why `made` is not worth having over `without`; empty where it is."""
+        old_bytes, new_bytes = (storage.predict(freeze(p)).total for p in (without, made))
         smaller = new_bytes < old_bytes
         if self.minimize == "size":
             return "" if smaller else f"the file is {new_bytes:,} bytes, was {old_bytes:,}"
         if self.minimize == "macs":
-            old, new = cost(before).macs, cost(after).macs
+            old, new = cost(without).macs, cost(made).macs
             return "" if new < old or (new == old and smaller) else f"{new:,} MACs, was {old:,}"
-        return self._slower(before, after, smaller)
+        return self._slower(without, made, smaller)
 
-    def _slower(self, before: Program, after: Program, smaller: bool) -> str:
+    def _slower(self, without: Program, made: Program, smaller: bool) -> str:
         ways = {
             f"{side} {way.precision}": way
-            for side, program in (("before", before), ("after", after))
+            for side, program in (("without", without), ("with", made))
             for way in self.yard.ways(program, self.runtime)
         }
         measured = self.yard.latencies(ways, self.batch)
-        old = measured[fastest({k: v for k, v in measured.items() if k.startswith("before")})]
-        after_only = {k: v for k, v in measured.items() if k.startswith("after")}
-        if not after_only:
+        old = measured[fastest({k: v for k, v in measured.items() if k.startswith("without ")})]
+        made_only = {k: v for k, v in measured.items() if k.startswith("with ")}
+        if not made_only:
             return f"{self.runtime} cannot run it"
-        new = measured[fastest(after_only)]
+        new = measured[fastest(made_only)]
         now, then = least(new), least(old)
         if now < then * (1 - _TIE) or (now <= then * (1 + _TIE) and smaller):
             return ""
         return (
             f"{now:.3g} ms in {new.conditions['precision']} is no gain over "
-            f"{then:.3g} ms in {old.conditions['precision']} before it "
+            f"{then:.3g} ms in {old.conditions['precision']} without it "
             f"({self.runtime}, batch {self.batch})"
         )
 

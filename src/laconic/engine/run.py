@@ -1,11 +1,16 @@
-"""Run a recipe: steps in order, each kept as soon as it is done, undone where it does not pay."""
+"""Run a recipe: steps in order, each kept in the store as soon as it is done.
+
+Whether a step pays shows at the end only (pruning that gains nothing in bf16 can gain a lot under
+int8), so steps are judged on the finished recipe: each that changed the operators or their shapes
+is left out in turn, last first, and stays out where the rest alone is as good.
+"""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from laconic.core.errors import LaconicError
+from laconic.core.errors import LaconicError, StorageError
 from laconic.core.recipe import Recipe, Step
 from laconic.engine.result import StepRecord, changes_from_json, changes_to_json, plain
 from laconic.engine.store import Store, fingerprint, key_of
@@ -21,8 +26,12 @@ Score = Callable[[Program], float]
 class Judge(Protocol):
     """Says whether a step pays where it counts."""
 
-    def __call__(self, before: Program, after: Program) -> str:
-        """Why `after` is no better than `before`; empty if it is better, or was not made to be."""
+    def concerns(self, before: Program, after: Program) -> bool:
+        """Whether what a step changed is the judge's business."""
+        ...
+
+    def __call__(self, without: Program, made: Program) -> str:
+        """Why `made` is no better than the recipe without a step; empty where it is better."""
         ...
 
 
@@ -52,7 +61,7 @@ class Bench:
     Attributes:
         context: handed to every method.
         store: where finished steps are kept.
-        judge: decides whether a step is kept; None keeps all.
+        judge: decides which steps are kept; None keeps all.
         score: a Program's score on validation data, for the record; None records none.
     """
 
@@ -72,7 +81,7 @@ def check(recipe: Recipe) -> list[Method]:
 
 
 def run(program: Program, recipe: Recipe, bench: Bench, *, start: str = "") -> Ran:
-    """Apply a recipe to a Program, which is left as it was.
+    """Apply a recipe to a Program, which is left as it was; undo what does not pay.
 
     Finished steps come from `bench.store`. An error of a step gets a note that names the step;
     what was finished before it stays in the store.
@@ -87,27 +96,79 @@ def run(program: Program, recipe: Recipe, bench: Bench, *, start: str = "") -> R
         RecipeError: the recipe does not fit (before anything runs, where that can be known).
         LaconicError: what a method raises.
     """
-    methods = check(recipe)
-    key = start or key_of(fingerprint(program), bench.context.seed, str(bench.context.device))
-    now, changes = program, Changes()
+    check(recipe)
+    start = start or key_of(fingerprint(program), bench.context.seed, str(bench.context.device))
+    left, undone = list(range(len(recipe))), dict[int, StepRecord]()
+    while True:
+        ran, stages = _through(program, recipe, left, bench, start)
+        found = _idle(stages, recipe, left, bench, start)
+        if found is None:
+            break
+        at, reason = found
+        bench.context.progress.say(f"{recipe.steps[left[at]].method} undone: {reason}")
+        undone[left[at]] = replace(ran.steps[at], kept=False, reason=reason)
+        del left[at]
+    records = {**dict(zip(left, ran.steps, strict=True)), **undone}
+    return replace(ran, steps=[records[number] for number in range(len(recipe))])
+
+
+def _through(
+    program: Program, recipe: Recipe, which: Sequence[int], bench: Bench, key: str
+) -> tuple[Ran, list[Program]]:
+    """The steps `which` of a recipe in a row; also the Program before and after each."""
+    stages, changes = [program], Changes()
     records: list[StepRecord] = []
-    kept: list[Step] = []
+    resolved: list[Step] = []
     state = _State(bench, _figures(program, key, bench))
-    for number, (step, method) in enumerate(zip(recipe, methods, strict=True), 1):
-        key = key_of(key, step.to_plain(), _judged(bench))
+    for number in which:
+        step = recipe.steps[number]
+        key = key_of(key, step.to_plain())
         try:
-            after, record, cut = state.step(now, step, method, key)
+            method = method_of(step, f"step {number + 1}")
+            after, record, cut = state.step(stages[-1], step, method, key)
         except LaconicError as error:
-            error.add_note(f"in step {number} ({step.method}) of {recipe.name!r}")
+            error.add_note(f"in step {number + 1} ({step.method}) of {recipe.name!r}")
             raise
+        stages.append(after)
         records.append(record)
-        if record.kept:
-            now, changes = after, compose(changes, cut)
-            kept.append(Step(method=step.method, sites=step.sites, options=dict(record.options)))
-    resolved = Recipe(steps=tuple(kept), name=recipe.name, resolved=True)
+        changes = compose(changes, cut)
+        resolved.append(Step(method=step.method, sites=step.sites, options=dict(record.options)))
     own = {name for name, _ in program.tensors()}
-    changes = {name: dims for name, dims in changes.items() if name in own}
-    return Ran(program=now, recipe=resolved, changes=changes, steps=records, key=key)
+    ran = Ran(
+        program=stages[-1],
+        recipe=Recipe(steps=tuple(resolved), name=recipe.name, resolved=True),
+        changes={name: dims for name, dims in changes.items() if name in own},
+        steps=records,
+        key=key,
+    )
+    return ran, stages
+
+
+def _idle(
+    stages: Sequence[Program], recipe: Recipe, left: Sequence[int], bench: Bench, start: str
+) -> tuple[int, str] | None:
+    """A step without which the rest is as good, the last such one: (its place, why).
+
+    For the comparison the rest is run without the steps that leave the operators alone, training
+    above all: they cost the most and change nothing that is compared.
+    """
+    judge = bench.judge
+    if judge is None:
+        return None
+    pairs = list(zip(stages, stages[1:], strict=False))
+    concerned = [judge.concerns(before, after) for before, after in pairs]
+    for at in reversed(range(len(left))):
+        if not concerned[at]:
+            continue
+        rest = [left[i] for i in range(len(left)) if i < at or (i > at and concerned[i])]
+        try:
+            without = _through(stages[0], recipe, rest, bench, start)[0].program
+        except LaconicError:  # a later step needs this one
+            continue
+        reason = judge(without, stages[-1])
+        if reason:
+            return at, reason
+    return None
 
 
 class _State:
@@ -123,27 +184,24 @@ class _State:
         found = self.bench.store.get(key)
         if found is None:
             found = self._do(program, step, method, key)
-        after = program
-        if found["kept"]:
-            held = self.bench.store.program(key, program)
-            if held is None:  # the file was cut short: made again
-                found = self._do(program, step, method, key)
-                held = self.bench.store.program(key, program)
-            after = held or program
+        after = self.bench.store.program(key, program)
+        if after is None:  # the file was cut short: made again
+            found = self._do(program, step, method, key)
+            after = self.bench.store.program(key, program)
+        if after is None:
+            raise StorageError("a finished step cannot be read back", where=f"step {step.method}")
         record = StepRecord(
             method=step.method,
             sites=[step.sites] if isinstance(step.sites, str) else list(step.sites),
-            kept=found["kept"],
+            kept=True,
             seconds=found["seconds"],
             before=self.figures,
             after=found["after"],
-            reason=found["reason"],
             options=found["options"],
             notes=found["notes"],
             figures=found["figures"],
         )
-        if found["kept"]:
-            self.figures = dict(found["after"])
+        self.figures = dict(found["after"])
         return after, record, changes_from_json(found["changes"])
 
     def _do(self, program: Program, step: Step, method: Method, key: str) -> dict[str, Any]:
@@ -152,28 +210,17 @@ class _State:
         context.progress.say(f"{step.method}: {_options(step)}")
         began = time.perf_counter()
         outcome = method.apply(program, Sites.of(step.sites), context)
-        seconds = time.perf_counter() - began
-        reason = "" if bench.judge is None else bench.judge(program, outcome.program)
-        if reason:
-            context.progress.say(f"{step.method} undone: {reason}")
         data = {
-            "kept": not reason,
-            "reason": reason,
-            "seconds": seconds,
+            "seconds": time.perf_counter() - began,
             "after": _figures(outcome.program, key, bench),
             "options": plain(_resolved(step, outcome)),
             "notes": list(outcome.notes),
             "figures": plain(outcome.figures),
             "changes": changes_to_json(outcome.changes),
         }
-        if not reason:
-            bench.store.put_program(key, outcome.program)
+        bench.store.put_program(key, outcome.program)
         bench.store.put(key, data)  # last: what has this file is complete
         return data
-
-
-def _judged(bench: Bench) -> str:
-    return "" if bench.judge is None else repr(bench.judge)
 
 
 def _options(step: Step) -> str:

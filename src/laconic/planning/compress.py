@@ -181,8 +181,8 @@ class _Job:
         return float(scores.mean()) * self.task.scale
 
     def search(self) -> tuple[Ran, list[Candidate], Deployed, list[str]]:
-        """The budget loop."""
-        search = Search(self.task, self.budget, self.bench(judged=True), self.yard, self.objective)
+        """The budget loop; candidates are whole recipes, so no single step of them is judged."""
+        search = Search(self.task, self.budget, self.bench(judged=False), self.yard, self.objective)
         chosen = search.walk(chains(self.program, self.budget, self._recovery()))
         return chosen.ran, search.candidates(chosen), chosen.way, search.refused
 

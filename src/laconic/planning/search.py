@@ -83,8 +83,6 @@ class Search:
             self.refused.append(f"{recipe.name}: {error}")
             progress.say(f"{recipe.name}: {error}")
             return False
-        if any(each.ran.recipe.steps == ran.recipe.steps for each in self.tried):
-            return True  # its last step was undone: an earlier candidate was the same
         found: Tried | None = None
         for way in self.objective.ways(ran.program):
             found = self._judge(recipe.name, ran, way, began)
