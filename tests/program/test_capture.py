@@ -236,3 +236,14 @@ def test_calls_are_checked(net, images, args, kwargs, says):
     program = capture(net, images)
     with pytest.raises(DataError, match=says):
         program(*args, **kwargs)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_arguments_keep_their_order(count):
+    class Weighted(nn.Module):
+        def forward(self, *xs):
+            return sum((i + 1) * x for i, x in enumerate(xs))
+
+    model, given = Weighted(), tuple(torch.randn(count, 2, 3).unbind(0))
+    program = capture(model, given)
+    assert torch.equal(program(*given), model(*given))

@@ -203,3 +203,52 @@ def test_operators_translated_here_need_no_decomposition(tmp_path, monkeypatch):
     program = capture(Several(), torch.randn(2, 4, 6))
     _check(program, write_onnx(program, tmp_path / "m.onnx"))
     assert len(calls) == 1
+
+
+class Attend(nn.Module):
+    """One scaled dot product attention; `mask` from a length per sample, `how` as given."""
+
+    def __init__(self, mask=None, **how):
+        super().__init__()
+        self.mask, self.how = mask, how
+
+    def forward(self, q, k, v, length):
+        options = dict(self.how)
+        if self.mask is not None:
+            seen = torch.arange(k.shape[-2])[None] < length[:, None]
+            seen = seen[:, None, None, :]
+            options["attn_mask"] = seen if self.mask == "bool" else seen.logical_not() * -1e30
+            if self.mask == "inf":
+                blind = torch.full((), float("-inf"))
+                options["attn_mask"] = torch.where(seen, torch.zeros(()), blind)
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Attend(),
+        Attend(scale=0.3),
+        Attend(is_causal=True),
+        Attend("bool"),
+        Attend("float"),
+        Attend("inf"),
+        Attend("bool", enable_gqa=True),
+        Attend(is_causal=True, enable_gqa=True),
+    ],
+    ids=lambda m: f"{m.mask} {m.how}",
+)
+def test_attention_in_all_its_forms(module, tmp_path):
+    """A sample that sees nothing (length 0) gives zeros, as in torch."""
+    keys = 2 if module.how.get("enable_gqa") else 4
+
+    def batch(size):
+        q, (k, v) = torch.randn(size, 4, 5, 8), torch.randn(2, size, keys, 5, 8).unbind(0)
+        return {"q": q, "k": k, "v": v, "length": torch.arange(size) % 6}
+
+    first = tuple(batch(2).values())
+    program = capture(module, first)
+    path = write_onnx(program, tmp_path / "a.onnx")
+    model = _check(program, path, [batch(6), batch(3)])
+    assert _operators(model).count("MatMul") == 2
+    assert "IsNaN" not in _operators(model)

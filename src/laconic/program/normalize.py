@@ -266,10 +266,9 @@ def arrange_placeholders(
             if node.users:
                 raise CaptureError("a plain number as input cannot vary", where=node.name)
             graph.erase_node(node)
-    anchor = next(iter(graph.nodes))
+    anchor = next(node for node in graph.nodes if node not in kept)
     for node in kept:
-        if node is not anchor:
-            anchor.prepend(node)
+        anchor.prepend(node)
 
 
 def drop_identities(program: Program) -> None:

@@ -7,13 +7,15 @@ import torch
 
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
 from laconic.runtimes._export import code_type
+from laconic.runtimes._onnx_attention import attention
 
 _IR = Any  # values of onnx_ir: loose stubs
 
 
 def own() -> dict[Any, Callable[..., Any]]:
-    """Laconic's operators."""
-    return {FAKE_QUANTIZE: _fake_quantize, DEQUANTIZE: _dequantize}
+    """Laconic's operators, and attention in the form that runtimes fuse."""
+    dot_product: Any = torch.ops.aten.scaled_dot_product_attention.default
+    return {FAKE_QUANTIZE: _fake_quantize, DEQUANTIZE: _dequantize, dot_product: attention}
 
 
 def missing() -> dict[Any, Callable[..., Any]]:
