@@ -13,7 +13,7 @@ from laconic.engine import deploy
 from laconic.engine.store import fingerprint
 from laconic.measuring import latency
 from laconic.planning import compress as compress_module
-from laconic.planning.candidates import Chain, chains, recovery
+from laconic.planning.candidates import Chain, basics, pruned, recovery
 from laconic.program.capture import capture
 from laconic.program.groups import groups
 
@@ -34,11 +34,15 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def model() -> nn.Module:
-    """Exact on the task; half of its hidden units do nothing."""
-    net = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3))
+    return exact(12)
+
+
+def exact(width: int) -> nn.Module:
+    """Exact on the task; no output reads the hidden units after the first six."""
+    net = nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 3))
     with torch.no_grad():
         for layer in (net[0], net[2]):
-            layer.weight.zero_()
+            layer.weight[:, 6:].zero_() if layer is net[2] else layer.weight[:6].zero_()
             layer.bias.zero_()
         for k in range(3):
             net[0].weight[2 * k], net[0].weight[2 * k + 1] = W[:, k], -W[:, k]
@@ -59,9 +63,8 @@ def cut(name: str, keep: list[int]) -> Recipe:
 
 
 def try_only(monkeypatch: pytest.MonkeyPatch, *recipes: Recipe) -> None:
-    monkeypatch.setattr(
-        compress_module, "chains", lambda program, budget, recover: [Chain("given", recipes)]
-    )
+    monkeypatch.setattr(compress_module, "basics", lambda: [Chain("given", recipes)])
+    monkeypatch.setattr(compress_module, "pruned", lambda *_: Chain("nothing more", []))
 
 
 def test_the_strongest_within_the_budget_is_kept(model, task, monkeypatch, tmp_path):
@@ -132,9 +135,35 @@ def test_candidates_go_from_mild_to_strong(model, task):
     recover = recovery(program, task, laconic.Budget())
     assert recover is not None
     assert recover.method == "distill.logits"
-    found = chains(program, laconic.Budget(minimize="size"), recover)
-    assert [r.name for r in found[0].recipes] == ["fold"]
-    ratios = [r.steps[0].options["ratio"] for r in found[2].recipes]
-    assert ratios == sorted(ratios)
-    assert {r.steps[0].options["of"] for r in found[2].recipes} == {"parameters"}
-    assert all(r.steps[1] == recover for r in found[2].recipes)
+    assert [chain.recipes[0].name for chain in basics()] == ["fold", "int8"]
+    for chain in basics():
+        found = pruned(program, laconic.Budget(minimize="size"), recover, chain.name).recipes
+        ratios = [r.steps[0].options["ratio"] for r in found]
+        assert ratios == sorted(ratios)
+        assert {r.steps[0].options["of"] for r in found} == {"parameters"}
+        assert all(r.steps[1] == recover for r in found)
+        assert all(r.steps[2] == chain.recipes[0].steps[0] for r in found)
+
+
+@pytest.mark.parametrize("spoiled", ["", "integers"])
+def test_the_better_kind_is_pruned_and_the_other_where_it_fails(task, monkeypatch, spoiled):
+    """By size, integers are the better kind; where pruning them is ruinous, floats come next."""
+    program = capture(exact(100), torch.randn(2, 8))
+    name = groups(program)[0].name
+    asked: list[str] = []
+
+    def stronger(program, budget, recover, kind):
+        asked.append(kind)
+        kept = [0] if kind == spoiled else list(range(6))
+        first = cut(name, kept).steps[0]
+        last = next(chain for chain in basics() if chain.name == kind).recipes[0].steps[0]
+        return Chain(kind, [Recipe(steps=(first, last), name=f"pruned {kind}")])
+
+    monkeypatch.setattr(compress_module, "pruned", stronger)
+    budget = laconic.Budget(minimize="size", threads=1, max_drop=8.0)
+    result = laconic.compress(program, task, budget=budget)
+    assert asked == (["integers"] if not spoiled else ["integers", "as it is"])
+    chosen = next(c.name for c in result.candidates if c.chosen)
+    assert chosen.startswith("pruned integers" if not spoiled else "pruned as it is")
+    finer = [c.name for c in result.candidates if "bit weights" in c.name]
+    assert bool(finer) == (not spoiled)  # fewer bits only where the weights are integers

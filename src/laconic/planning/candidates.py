@@ -13,10 +13,16 @@ from laconic.program.groups import groups
 from laconic.program.program import Program
 
 REMOVED = (0.4, 0.6, 0.75, 0.85)  # share of the MACs (of the parameters, for size) cut away
+BITS = (6, 5, 4)  # of weights; they still run as int8
 _EPOCHS = 5
-_STEPS = 800  # fewer than that do not recover a network, however small the data are
+_STEPS = 2000  # fewer do not give back the last images: LAB.md, digits
+_EMA, _AVERAGED = 0.998, 1000
 _MINUTES = 3.0  # the longest recovery where the budget sets no time
 _REST = 1.7  # teacher and optimizer, beside the student's forward and backward pass
+_KINDS = (
+    ("as it is", "fold", Step(method="simplify.fold")),
+    ("integers", "int8", Step(method="quantize.static")),
+)
 
 
 @dataclass(frozen=True)
@@ -27,26 +33,40 @@ class Chain:
     recipes: Sequence[Recipe]
 
 
-def chains(program: Program, budget: Budget, recover: Step | None) -> list[Chain]:
-    """What to try, mild to strong: as it is, with integers, pruned ever more with either.
+def basics() -> list[Chain]:
+    """The network whole: as it is, and with integers."""
+    return [Chain(kind, [Recipe(steps=(step,), name=name)]) for kind, name, step in _KINDS]
+
+
+def pruned(program: Program, budget: Budget, recover: Step | None, kind: str) -> Chain:
+    """Pruned ever more, mild to strong, of the kind "as it is" or "integers".
 
     Args:
         program: the original.
         budget: says what is minimised.
         recover: the training step that follows pruning, or None.
+        kind: the name of one of the basics.
     """
-    fold, integers = Step(method="simplify.fold"), Step(method="quantize.static")
-    made = [
-        Chain("as it is", [Recipe(steps=(fold,), name="fold")]),
-        Chain("integers", [Recipe(steps=(integers,), name="int8")]),
-    ]
-    if len(groups(program)):
-        of = "parameters" if budget.minimize == "size" else "macs"
-        pruned = [_prune(share, of, recover) for share in REMOVED]
-        for name, last in (("int8", integers), ("float", fold)):
-            recipes = [Recipe(steps=(*r.steps, last), name=f"{r.name} + {name}") for r in pruned]
-            made.append(Chain(f"pruned, {name}", recipes))
-    return made
+    last, ending = next((step, name) for held, name, step in _KINDS if held == kind)
+    of = "parameters" if budget.minimize == "size" else "macs"
+    recipes = [_prune(share, of, recover) for share in REMOVED] if len(groups(program)) else []
+    return Chain(
+        f"pruned, {kind}",
+        [Recipe(steps=(*r.steps, last), name=f"{r.name} + {ending}") for r in recipes],
+    )
+
+
+def finer(recipe: Recipe) -> Chain:
+    """An integer recipe with ever fewer bits for its weights: as fast, in a smaller file."""
+    *before, last = recipe.steps
+    recipes: list[Recipe] = []
+    if last.method == "quantize.static" and "bits" not in last.options:
+        for bits in BITS:
+            step = Step(
+                method=last.method, sites=last.sites, options={**last.options, "bits": bits}
+            )
+            recipes.append(Recipe(steps=(*before, step), name=f"{recipe.name}, {bits}-bit weights"))
+    return Chain("fewer bits", recipes)
 
 
 def _prune(share: float, of: str, recover: Step | None) -> Recipe:
@@ -60,7 +80,7 @@ def _prune(share: float, of: str, recover: Step | None) -> Recipe:
 def recovery(program: Program, task: Task, budget: Budget) -> Step | None:
     """The training step after pruning, as long as the data and the time make sense of it.
 
-    Five passes over the training data, at least 800 steps, at most three minutes (or an
+    Five passes over the training data, at least 2,000 steps, at most three minutes (or an
     eighth of the budget's time), judged by timing a training step.
     """
     loader = task.train if task.train is not None else task.calibration
@@ -74,7 +94,10 @@ def recovery(program: Program, task: Task, budget: Budget) -> Step | None:
     limit = 60 * (_MINUTES if budget.minutes is None else budget.minutes / 8)
     affordable = int(limit / max(seconds * _REST, 1e-4))
     steps = max(1, min(max(_EPOCHS * batches, _STEPS), affordable))
-    return Step(method="distill.logits", options={"steps": steps, **_targets(task)})
+    options = {"steps": steps, **_targets(task)}
+    if steps >= _AVERAGED:  # a mean of late states loses fewer of the original's answers
+        options["ema"] = _EMA
+    return Step(method="distill.logits", options=options)
 
 
 def _timed(student: Program, inputs: Inputs, task: Task) -> float:
@@ -89,5 +112,5 @@ def _targets(task: Task) -> dict[str, object]:
     if task.train is None:
         return {}
     for batch in task.train:
-        return {} if task.split(batch)[1] is None else {"alpha": 0.9}
+        return {} if task.split(batch)[1] is None else {"alpha": 0.5, "temperature": 2.0}
     return {}

@@ -27,7 +27,7 @@ from laconic.engine.run import Bench, Ran, check, run
 from laconic.engine.store import Store, key_of
 from laconic.methods.base import Context
 from laconic.planning import guard
-from laconic.planning.candidates import chains, recovery
+from laconic.planning.candidates import basics, pruned, recovery
 from laconic.planning.objective import Objective, choose_runtime
 from laconic.planning.search import Search
 from laconic.planning.verdict import verdict
@@ -183,7 +183,8 @@ class _Job:
     def search(self) -> tuple[Ran, list[Candidate], Deployed, list[str]]:
         """The budget loop; candidates are whole recipes, so no single step of them is judged."""
         search = Search(self.task, self.budget, self.bench(judged=False), self.yard, self.objective)
-        chosen = search.walk(chains(self.program, self.budget, self._recovery()))
+        recover = self._recovery()
+        chosen = search.run(basics(), lambda kind: pruned(self.program, self.budget, recover, kind))
         return chosen.ran, search.candidates(chosen), chosen.way, search.refused
 
     def _recovery(self) -> Step | None:

@@ -69,10 +69,14 @@ class Objective:
 
         Latencies are compared by their least disturbed turn: other work only ever adds time.
         """
+        gain = _GAIN if self.budget.minimize == "latency" else 0.0
+        return self.relative(measured) < 1 - gain
+
+    def relative(self, measured: Measurement) -> float:
+        """A value as a share of the original's best; of latencies, of that in the same run."""
         if self.budget.minimize != "latency":
-            return measured.value < self.baseline.value
-        beside = measured.conditions.get("original, least", least(self.baseline))
-        return least(measured) < beside * (1 - _GAIN)
+            return measured.value / max(self.baseline.value, 1)
+        return least(measured) / measured.conditions.get("original, least", least(self.baseline))
 
     def together(self, ways: Sequence[Deployed]) -> list[Measurement]:
         """The objective of several, latencies interleaved in one run with the original."""

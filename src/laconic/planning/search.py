@@ -1,7 +1,7 @@
 """The budget loop: candidates from mild to strong, judged on the file that would ship."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from laconic.core.budget import Budget
@@ -13,7 +13,7 @@ from laconic.engine.deploy import Deployed, Yard, least
 from laconic.engine.result import Candidate
 from laconic.engine.run import Bench, Ran, run
 from laconic.planning import guard
-from laconic.planning.candidates import Chain
+from laconic.planning.candidates import Chain, finer
 from laconic.planning.objective import Objective
 
 _TIE = 0.03  # two files whose latencies differ by less are equally fast here
@@ -24,7 +24,8 @@ class Tried:
     """A candidate that was run.
 
     Attributes:
-        ran: what its recipe made.
+        asked: the recipe as it was asked for.
+        ran: what it made.
         way: runtime and precision it was judged in.
         drop: on validation.
         objective: what is minimised, as measured.
@@ -33,7 +34,7 @@ class Tried:
         seconds: wall time.
     """
 
-    name: str
+    asked: Recipe
     ran: Ran
     way: Deployed
     drop: Measurement
@@ -41,6 +42,11 @@ class Tried:
     accepted: bool
     reason: str
     seconds: float
+
+    @property
+    def name(self) -> str:
+        """For a person."""
+        return self.asked.name
 
 
 @dataclass
@@ -56,22 +62,57 @@ class Search:
     refused: list[str] = field(default_factory=list[str])
     began: float = field(default_factory=time.monotonic)
 
-    def walk(self, chains: Sequence[Chain]) -> Tried:
-        """Go through the chains and return the strongest candidate that was accepted.
+    def run(self, basics: Sequence[Chain], stronger: Callable[[str], Chain]) -> Tried:
+        """Try the basics, then stronger ones of the better kind; the other kind if none will do.
+
+        Args:
+            basics: one recipe each.
+            stronger: gives the chain that goes on from a basic of that name.
+
+        Returns:
+            The strongest candidate that was accepted.
 
         Raises:
             BudgetError: none was; says what came closest and what would help.
         """
-        with self.bench.context.progress.task(
-            "recipes", sum(len(c.recipes) for c in chains)
-        ) as bar:
-            for chain in chains:
-                for recipe in chain.recipes:
-                    bar.advance(0, recipe.name)
-                    if not self._time_left(recipe.name) or not self._try(recipe):
-                        break
-                    bar.advance(1, recipe.name)
+        for chain in basics:
+            self._walk(chain)
+        for chain in self._by_promise(basics):
+            known = len(self.tried)
+            self._walk(stronger(chain.name))
+            if any(each.accepted for each in self.tried[known:]):
+                break
+        best = min(self._accepted(), key=lambda each: self._promise(each)[1], default=None)
+        if best is not None:
+            self._walk(finer(best.asked))
         return self._strongest()
+
+    def _walk(self, chain: Chain) -> None:
+        with self.bench.context.progress.task(chain.name, len(chain.recipes)) as bar:
+            for recipe in chain.recipes:
+                bar.advance(0, recipe.name)
+                if not self._time_left(recipe.name) or not self._try(recipe):
+                    break
+                bar.advance(1, recipe.name)
+
+    def _by_promise(self, basics: Sequence[Chain]) -> list[Chain]:
+        """Those within the budget first, then by what is minimised, ties by the file's size."""
+        names = {chain.recipes[0].name: chain for chain in basics}
+        tried = [each for each in self.tried if each.name in names]
+        least_value = min((self._promise(each)[1] for each in tried), default=0.0)
+
+        def rank(each: Tried) -> tuple[bool, bool, int]:
+            beyond, value = self._promise(each)
+            return beyond, value > least_value * (1 + _TIE), self.objective.file_bytes(each.way)
+
+        return [names[each.name] for each in sorted(tried, key=rank)]
+
+    def _promise(self, each: Tried) -> tuple[bool, float]:
+        """Whether it is beyond the budget, and its value as a share of the original's."""
+        return not guard.within(each.drop, self.budget), self.objective.relative(each.objective)
+
+    def _accepted(self) -> list[Tried]:
+        return [each for each in self.tried if each.accepted]
 
     def _try(self, recipe: Recipe) -> bool:
         """Run and judge one candidate; False where the chain should end."""
@@ -85,7 +126,7 @@ class Search:
             return False
         found: Tried | None = None
         for way in self.objective.ways(ran.program):
-            found = self._judge(recipe.name, ran, way, began)
+            found = self._judge(recipe, ran, way, began)
             progress.say(f"{recipe.name} ({way}): {found.objective}, {found.reason}")
             if found.accepted or not self.objective.better(found.objective):
                 break
@@ -95,7 +136,7 @@ class Search:
         self.tried.append(found)
         return guard.within(found.drop, self.budget)
 
-    def _judge(self, name: str, ran: Ran, way: Deployed, began: float) -> Tried:
+    def _judge(self, asked: Recipe, ran: Ran, way: Deployed, began: float) -> Tried:
         original = self.yard.program_scores(self.bench.context.original, self.task, "validation")
         scores = self.yard.scores(way, self.task, "validation")
         drop = guard.drop(original, scores, self.task, self.budget)
@@ -105,7 +146,7 @@ class Search:
         if guard.within(drop, self.budget) and not gains:
             reason = f"{reason}, but no gain over the original's {self.objective.baseline}"
         return Tried(
-            name=name,
+            asked=asked,
             ran=ran,
             way=way,
             drop=drop,
@@ -126,7 +167,7 @@ class Search:
         return False
 
     def _strongest(self) -> Tried:
-        accepted = [each for each in self.tried if each.accepted]
+        accepted = self._accepted()
         if not accepted:
             raise BudgetError(_nothing(self), where="budget", hint=_way_out(self))
         again = self.objective.together([each.way for each in accepted])

@@ -11,6 +11,14 @@ from typing import Any
 _IR = Any  # values of onnx_ir: loose stubs
 
 
+def modules() -> tuple[Any, Any]:
+    """ONNX operators as functions, taking Python values as constants, and `onnx_ir`."""
+    import onnx_ir
+    from onnxscript import opset20
+
+    return opset20, onnx_ir
+
+
 def attention(
     q: _IR,
     k: _IR,
@@ -26,8 +34,7 @@ def attention(
     Raises:
         NotImplementedError: grouped heads with a mask of their own for each head.
     """
-    import onnx_ir as ir
-    from onnxscript import opset20 as op
+    op, ir = modules()
 
     del dropout  # an exported graph is in eval mode
     heads, width, last = q.shape[-3:-2], v.shape[-1], len(q.shape) - 1
@@ -59,8 +66,7 @@ def attention(
 
 def _triangle(q: _IR, k: _IR) -> _IR:
     """True [L, S] where a query may look."""
-    import onnx_ir as ir
-    from onnxscript import opset20 as op
+    op, ir = modules()
 
     sizes = [op.Slice(op.Shape(x), [-2], [-1], [0]) for x in (q, k)]
     ones = op.Expand(op.Constant(value_ints=[1]), op.Concat(*sizes, axis=0))
@@ -69,8 +75,7 @@ def _triangle(q: _IR, k: _IR) -> _IR:
 
 def _added(mask: _IR, like: _IR, boolean: bool) -> tuple[_IR, _IR]:
     """What is added to the scores, and the rows [..., 1] that see anything."""
-    import onnx_ir as ir
-    from onnxscript import opset20 as op
+    op, ir = modules()
 
     blind = op.Constant(value_float=float("-inf"))
     best = op.ReduceMax(op.Cast(mask, to=ir.DataType.FLOAT), [-1], keepdims=1)

@@ -7,7 +7,7 @@ import torch
 
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
 from laconic.runtimes._export import code_type
-from laconic.runtimes._onnx_attention import attention
+from laconic.runtimes._onnx_attention import attention, modules
 
 _IR = Any  # values of onnx_ir: loose stubs
 
@@ -52,17 +52,10 @@ def refusals(program: Program) -> list[str]:
     return found
 
 
-def _opset() -> Any:
-    """ONNX operators as functions; loosely typed, they take Python values as constants."""
-    from onnxscript import opset20
-
-    return opset20
-
-
 def _fake_quantize(
     x: _IR, scale: _IR, zero_point: _IR, axis: int | None, qmin: int, qmax: int
 ) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     full = (qmin, qmax) in ((-128, 127), (0, 255))
     if not full:
@@ -76,7 +69,7 @@ def _fake_quantize(
 
 
 def _clamp(x: _IR, low: _IR, high: _IR, axis: int) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     shape = [1] * len(x.shape)
     shape[axis] = -1
@@ -85,7 +78,7 @@ def _clamp(x: _IR, low: _IR, high: _IR, axis: int) -> _IR:
 
 
 def _dequantize(codes: _IR, scale: _IR, zero_point: _IR, axis: int | None) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     options: dict[str, int] = {} if axis is None else {"axis": axis}
     return op.DequantizeLinear(codes, scale, zero_point, **options)
@@ -102,7 +95,7 @@ def _batch_norm(
     eps: float,
     cudnn: bool,
 ) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     del momentum, cudnn
     if training or any(side is None for side in (weight, bias, mean, variance)):
@@ -111,7 +104,7 @@ def _batch_norm(
 
 
 def _adaptive_average(x: _IR, size: list[int]) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     if set(size) != {1}:
         raise NotImplementedError
@@ -119,30 +112,29 @@ def _adaptive_average(x: _IR, size: list[int]) -> _IR:
 
 
 def _to_dtype(x: _IR, dtype: int, *_: Any, **__: Any) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     return op.Cast(x, to=dtype)
 
 
 def _to_device(x: _IR, device: Any, dtype: int, *_: Any, **__: Any) -> _IR:
     del device
-    return _opset().Cast(x, to=dtype)
+    return modules()[0].Cast(x, to=dtype)
 
 
 def _both(x: _IR, other: _IR) -> _IR:
-    from onnx_ir import DataType
-
-    if x.dtype != DataType.BOOL or other.dtype != DataType.BOOL:
+    op, ir = modules()
+    if x.dtype != ir.DataType.BOOL or other.dtype != ir.DataType.BOOL:
         raise NotImplementedError
-    return _opset().And(x, other)
+    return op.And(x, other)
 
 
 def _smaller(x: _IR, other: _IR) -> _IR:
-    return _opset().Min(x, other)
+    return modules()[0].Min(x, other)
 
 
 def _larger(x: _IR, other: _IR) -> _IR:
-    return _opset().Max(x, other)
+    return modules()[0].Max(x, other)
 
 
 def _conv_transpose(
@@ -155,7 +147,7 @@ def _conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> _IR:
-    op = _opset()
+    op, _ = modules()
 
     rank = len(x.shape) - 2
 
