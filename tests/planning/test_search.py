@@ -90,6 +90,10 @@ def test_the_strongest_within_the_budget_is_kept(model, task, monkeypatch, tmp_p
     assert drop.conditions["split"] == "validation"
     splits = {m.conditions.get("split") for m in result.measurements["compressed"]}
     assert {"validation", "test"} <= splits
+    for side in ("original", "compressed"):
+        held = next(m for m in result.measurements[side] if m.name == "memory")
+        assert 0 < held.value < 1000
+        assert held.conditions["batch"] == 1
     assert "within the budget" in result.verdict
     replayed = laconic.compress(program, task, recipe=result.recipe)
     assert fingerprint(replayed.program) == fingerprint(result.program)

@@ -4,11 +4,12 @@ Every number of a result is measured on such a file, in the runtime that would r
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from laconic.core.task import Task
 from laconic.engine.check import with_finite_inputs
 from laconic.engine.files import precisions
 from laconic.engine.store import Store, fingerprint, key_of
-from laconic.measuring import accuracy, latency
+from laconic.measuring import accuracy, latency, memory
 from laconic.program.program import Program
 from laconic.program.signature import rebuild
 from laconic.runtimes.base import Precision, Runner, batch_of, fixed_shapes
@@ -190,6 +191,28 @@ class Yard:
         return latency.compare(
             calls, plan=self.plan, conditions=conditions, progress=self.progress
         ).latency
+
+    def memory(self, way: Deployed, batch: int) -> Measurement:
+        """Peak memory of a fresh process that serves the file, above that of its imports.
+
+        Raises:
+            DataError: the process failed.
+        """
+        path = self.path(way, batch)
+        inputs = path.with_suffix(f".{batch}.npz")
+        np.savez(inputs, *batch_of(way.program, batch))
+        asked = {
+            "runtime": way.runtime,
+            "path": str(path),
+            "precision": way.precision,
+            "threads": self.threads,
+            "inputs": str(inputs),
+        }
+        stated = {"runtime": way.runtime, "batch": batch, "in": way.precision}
+        with self.progress.task(f"measuring the memory of {way}"):
+            found = memory.peak("laconic.engine.serve:serve", asked, conditions=stated)
+        above = found.value - found.conditions["imports_only"]
+        return replace(found, name="memory", value=above)
 
     def bytes(self, way: Deployed) -> int:
         """Bytes of all files that ship."""

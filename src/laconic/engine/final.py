@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from laconic import runtimes, storage
-from laconic.core.errors import ExportError
+from laconic.core.errors import DataError, ExportError
 from laconic.core.measurement import Measurement
 from laconic.core.task import Inputs, Task
 from laconic.engine.deploy import Deployed, Yard
@@ -48,9 +48,17 @@ def measure(
             if getattr(task, split) is not None:
                 found[side].append(score(yard.scores(way, task, split), task, split, way))
         found[side] += _sizes(way.program, yard, refused, side)
+        try:
+            found[side].append(yard.memory(way, batch))
+        except DataError as error:
+            refused.append(f"memory of the {side} model: {error}")
     for size in batches(batch):
         for side, each in _latencies(sides, yard, size).items():
             found[side] += each
+    if "inductor" not in {way.runtime for way in sides.values()}:
+        refused.append(
+            "inductor was not measured: it compiles for minutes; --runtime inductor does"
+        )
     told: dict[str, dict[str, object]] = {}
     for name in dict.fromkeys((*ALWAYS, compressed.runtime)):
         for way in _ways(compressed.program, name, yard):
