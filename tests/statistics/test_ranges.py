@@ -8,6 +8,7 @@ from laconic.core.errors import DataError
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.min_max import MinMax
 from laconic.statistics.moments import Moments
+from laconic.statistics.zeros import Zeros
 
 floats = st.lists(st.floats(-1e6, 1e6, width=32), min_size=0, max_size=30)
 
@@ -83,3 +84,66 @@ def test_different_settings_do_not_merge():
     channels.update(torch.zeros(3, 2))
     with pytest.raises(DataError, match="2 channels after 3"):
         channels.update(torch.zeros(2, 2))
+
+
+# Channels apart -----------------------------------------------------------------------------
+
+rows = st.lists(st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 3), min_size=0, max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows, rows)
+def test_channels_counted_apart_merge_exactly(left, right):
+    def fed(statistic, *parts):
+        for part in parts:
+            statistic.update(torch.tensor(part).reshape(-1, 3))
+        return statistic
+
+    one, both = fed(Histogram(16, -1), left), fed(Histogram(16, -1), right + left)
+    one.merge(fed(Histogram(16, -1), right))
+    assert one.width == both.width and one.total == both.total
+    assert torch.equal(one.counts, both.counts)
+    together = fed(Histogram(16), left, right)  # the same grid as for all of them together
+    assert one.width == together.width
+    if one.total:
+        assert torch.equal(one.counts.sum(0), together.counts)
+    zeros, all_zeros = fed(Zeros(-1), left), fed(Zeros(-1), left, right)
+    zeros.merge(fed(Zeros(-1), right))
+    assert torch.equal(zeros.zeros, all_zeros.zeros) and zeros.count == all_zeros.count
+
+
+def test_entropy_of_even_bins_is_their_logarithm():
+    found = Histogram(16, 1)
+    values = torch.arange(8.0)
+    found.update(torch.stack([values, values // 2 * 2, torch.zeros(8)], 1))
+    assert torch.allclose(found.entropy(), torch.tensor([3.0, 2.0, 0.0]).double(), atol=1e-12)
+    assert float(Histogram(8).entropy()) == 0.0
+
+
+def test_zeros_are_exact_zeros_of_each_channel():
+    found = Zeros(axis=1)
+    found.update(torch.tensor([[0.0, 1.0], [0.0, -0.0]]))
+    found.update(torch.tensor([[1e-30, 2.0], [3.0, 4.0]]))
+    assert found.zeros.tolist() == [2, 1] and found.share.tolist() == [0.5, 0.25]
+    whole = Zeros()
+    whole.update(torch.tensor([[0.0, 1.0]]))
+    assert whole.share.item() == 0.5
+
+
+@pytest.mark.parametrize("make", [lambda axis: Histogram(8, axis), Zeros])
+def test_channels_that_change_or_other_axes_are_refused(make):
+    found = make(0)
+    found.update(torch.ones(3, 2))
+    with pytest.raises(DataError, match="2 channels after 3"):
+        found.update(torch.ones(2, 2))
+    with pytest.raises(DataError, match="axis"):
+        found.merge(make(1))
+    with pytest.raises(DataError, match="1 of 2 values"):
+        make(0).update(torch.tensor([1.0, torch.nan]))
+
+
+def test_percentiles_need_all_values_together():
+    found = Histogram(8, 0)
+    found.update(torch.ones(2, 2))
+    with pytest.raises(DataError, match="apart"):
+        found.percentile(0.5)

@@ -57,7 +57,8 @@ class PruneChannels(Method):
             groups it matches (with `of: channels` only).
         of: the cost: multiply-adds or parameters of the whole program, or channels of the
             selected groups.
-        importance: score: l1, l2, taylor, fisher, obs.
+        importance: score: obs, fisher, taylor, l1, l2, entropy, apoz, bn_scale, geometric_median,
+            or random (the control).
         scope: "global" takes where it harms least for what it saves, "layer" takes the same part
             of every group.
         block: kept channels are multiples of it; "auto" measures which one the runtime likes, and

@@ -2,7 +2,7 @@
 
 A score is a file of this folder with one class. It says in which order the indices of each group
 go and what each costs (`Removal`). Harms of `taylor`, `fisher` and `obs` are in the unit of the
-model's loss (nats for a classifier), so they can be compared between groups; those of `l1` and `l2`
+model's loss (nats for a classifier), so they can be compared between groups; those of all others
 are relative to the mean of their group.
 """
 
@@ -89,6 +89,12 @@ def pooled(values: Tensor, index: Tensor, size: int) -> Tensor:
     belongs = index >= 0
     found = values.new_zeros((*values.shape[:-1], size))
     return found.index_add_(-1, index[belongs].to(values.device), values[..., belongs])
+
+
+def relative(scores: Tensor) -> Tensor:
+    """Scores `[size]` of a group in units of their mean; zeros stay zeros."""
+    mean = float(scores.mean())
+    return scores / mean if mean > 0 else scores
 
 
 def norms_of(program: Program, group: Group, power: int) -> Tensor:
