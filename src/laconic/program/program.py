@@ -6,12 +6,14 @@ A Program is a plain `nn.Module` with the original parameter names. It trains in
 
 import copy
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.hooks import RemovableHandle
 
 from laconic.core.errors import SurgeryError
 from laconic.forms import operators as _form_operators  # registers laconic::*
@@ -27,6 +29,8 @@ _TRAINING_ARGUMENT = {
 }
 FAKE_QUANTIZE = _form_operators.FAKE_QUANTIZE
 DEQUANTIZE = _form_operators.DEQUANTIZE
+LOOKUP = _form_operators.LOOKUP
+COMBINE = _form_operators.COMBINE
 
 
 class Program(nn.Module):
@@ -42,6 +46,8 @@ class Program(nn.Module):
         dynamic: placeholder name → {dimension: name}, the dimensions that may change.
         aliases: other names of tied tensors → the name they are kept under.
         lost: what capturing in eval mode could not keep, in words.
+        sparse: tensors whose zeros are pruned weights and stay zeros in training: their gradients
+            there are zero. The pattern is the stored zeros themselves.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class Program(nn.Module):
         dynamic: Mapping[str, Mapping[int, str]] | None = None,
         aliases: Mapping[str, str] | None = None,
         lost: Sequence[str] = (),
+        sparse: Iterable[str] = (),
     ) -> None:
         """Wrap a graph and its tensors; parameters are those that are `nn.Parameter`."""
         super().__init__()
@@ -64,6 +71,8 @@ class Program(nn.Module):
         self.dynamic = {name: dict(dims) for name, dims in (dynamic or {}).items()}
         self.aliases = dict(aliases or {})
         self.lost = tuple(lost)
+        self.sparse = frozenset(sparse)
+        self._guards: dict[str, tuple[Tensor, RemovableHandle]] = {}
         self._shared = False
         self._run: Callable[..., tuple[Tensor, ...]] | None = None
         for name, tensor in tensors.items():
@@ -107,7 +116,21 @@ class Program(nn.Module):
             self.unshare()
         super().train(mode)
         self._set_mode(mode)
+        self._guard_zeros()
         return self
+
+    def _guard_zeros(self) -> None:
+        """Let no gradient reach the zeros of sparse tensors, whatever optimizer there is."""
+        for name in self.sparse:
+            tensor = self.tensor(name)
+            held = self._guards.get(name)
+            if held is not None and held[0] is tensor:
+                continue
+            if held is not None:
+                held[1].remove()
+                del self._guards[name]
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                self._guards[name] = (tensor, _keep_zeros(tensor))
 
     def _set_mode(self, training: bool) -> None:
         changed = False
@@ -149,6 +172,7 @@ class Program(nn.Module):
             dynamic=self.dynamic,
             aliases=self.aliases,
             lost=self.lost,
+            sparse=self.sparse,
         )
         self.share()
         made.share()
@@ -208,6 +232,8 @@ class Program(nn.Module):
         for every in [name, *(a for a, kept in self.aliases.items() if kept == name)]:
             self._drop(every)
             self._register(every, tensor)
+        if self.training:
+            self._guard_zeros()
 
     def add_tensor(self, name: str, tensor: Tensor) -> str:
         """Register a new buffer (or parameter, if it is one); returns the name it got.
@@ -230,6 +256,7 @@ class Program(nn.Module):
             for every in [name, *(a for a, kept in self.aliases.items() if kept == name)]:
                 self._drop(every)
                 self.aliases.pop(every, None)
+        self.sparse -= set(gone)
         return gone
 
     def _owner(self, name: str, *, create: bool) -> tuple[nn.Module, str]:
@@ -322,6 +349,20 @@ class _Shapes(fx.Interpreter):
 def is_getitem(node: fx.Node) -> bool:
     """Whether a node picks one of several outputs."""
     return node.op == "call_function" and node.target is operator.getitem
+
+
+def _keep_zeros(tensor: Tensor) -> RemovableHandle:
+    """Make the gradient of a leaf zero where its value is zero at that time."""
+    leaf = weakref.ref(tensor)  # a hook that holds its own tensor would be a cycle
+
+    def masked(gradient: Tensor) -> Tensor:
+        held = leaf()
+        return gradient if held is None else gradient.masked_fill(held.detach() == 0, 0.0)
+
+    wanted = tensor.requires_grad
+    handle = tensor.requires_grad_(True).register_hook(masked)
+    tensor.requires_grad_(wanted)
+    return handle
 
 
 def _share(tensor: Tensor) -> Tensor:

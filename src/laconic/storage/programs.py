@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import LaconicError, StorageError
-from laconic.program.program import DEQUANTIZE, Program
+from laconic.program.program import COMBINE, DEQUANTIZE, LOOKUP, Program
 from laconic.program.signature import Signature
 from laconic.storage import container, directory, graphs, shapes
 from laconic.storage.directory import Entry
@@ -23,6 +23,12 @@ _MALFORMED = (
     RecursionError, SyntaxError, AssertionError,
 )  # fmt: skip
 _TOTAL_SLACK = 64 << 20
+# operator that stands for a form → the roles of its tensors, and where its axis stands
+_PARTS: dict[Any, tuple[tuple[str, ...], int]] = {
+    DEQUANTIZE: (("affine.codes", "affine.scale", "affine.zero_point"), 3),
+    LOOKUP: (("codebook.codes", "codebook.values"), 2),
+    COMBINE: (("basis.coefficients", "basis.basis"), 2),
+}
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,8 @@ def _compose(
         "lost": list(program.lost),
         "extra": dict(extra or {}),
     }
+    if program.sparse:
+        content["sparse"] = sorted(program.sparse)
     return content, data
 
 
@@ -184,13 +192,26 @@ def _roles(program: Program) -> dict[str, tuple[str, int]]:
     """What part of which form a tensor is, and the axis of its scales."""
     roles: dict[str, tuple[str, int]] = {}
     for node in program.graph.nodes:
-        if node.target is not DEQUANTIZE:
+        if node.target not in _PARTS:
             continue
-        axis = node.args[3] if len(node.args) > 3 else node.kwargs.get("axis")
-        for source, part in zip(node.args, ("codes", "scale", "zero_point"), strict=False):
+        parts, place = _PARTS[node.target]
+        axis = node.args[place] if len(node.args) > place else node.kwargs.get("axis")
+        for source, part in zip(node.args, parts, strict=False):
             if isinstance(source, torch.fx.Node) and source.op == "get_attr":
-                roles[str(source.target)] = (f"affine.{part}", axis if isinstance(axis, int) else 0)
+                roles[str(source.target)] = (part, axis if isinstance(axis, int) else 0)
     return roles
+
+
+def _sparse(names: Json, held: Mapping[str, Tensor]) -> list[str]:
+    """Names of sparse tensors, each one a stored tensor.
+
+    Raises:
+        StorageError: a name that the file holds no tensor of.
+    """
+    for name in names:
+        if name not in held:
+            raise StorageError(f"the sparse tensor {str(name)[:80]!r} is not in the file")
+    return list(names)
 
 
 def _program(
@@ -221,6 +242,7 @@ def _program(
         dynamic=directory.dynamic(content["dynamic"], dict(zip(places, example, strict=True))),
         aliases=directory.aliases(content["aliases"], held),
         lost=[str(note) for note in content["lost"]],
+        sparse=_sparse(content.get("sparse", []), held),
     )
     shapes.propagate(program)
     program.recompile()
