@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from laconic.api import capture as capture
     from laconic.api import compress as compress
     from laconic.api import load as load
@@ -57,6 +59,10 @@ __all__ = sorted(_HOME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("laconic")
     if name not in _HOME:
         raise AttributeError(f"module 'laconic' has no attribute {name!r}")
     value = getattr(import_module(f"laconic.{_HOME[name]}"), name)

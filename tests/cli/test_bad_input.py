@@ -170,7 +170,7 @@ def test_a_full_disk_leaves_the_earlier_result_whole(tmp_path):
     (out / "report.html").write_bytes(b"earlier")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     done = subprocess.run(
-        [sys.executable, "-m", "laconic.cli", "report", out],
+        [sys.executable, "-m", "laconic", "report", out],
         capture_output=True,
         text=True,
         check=False,
@@ -194,7 +194,7 @@ def test_ctrl_c_keeps_the_state_and_resume_goes_on(laconic, task_file, tmp_path)
         ("W = ", f"MARK = {str(tmp_path / 'out/.laconic/go')!r}\nW = "),
     )  # fmt: skip
     command = [
-        sys.executable, "-m", "laconic.cli", "compress", str(slow), "--step", "simplify.fold",
+        sys.executable, "-m", "laconic", "compress", str(slow), "--step", "simplify.fold",
         "--step", "quantize.static", "--minimize", "size", "--out", str(out),
     ]  # fmt: skip
     running = subprocess.Popen(

@@ -10,6 +10,10 @@ import laconic as library
 from .conftest import said
 
 
+def test_the_version_is_said(laconic):
+    assert said(laconic("--version")).strip() == f"laconic {library.__version__}"
+
+
 def test_a_job_from_start_to_end(laconic, task_file, tmp_path):
     out = tmp_path / "out"
     task = task_file()

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 
+import laconic
 from laconic.core.errors import LaconicError
 from laconic.core.suggest import nearest
 
@@ -31,6 +32,21 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"laconic {laconic.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _every(  # pyright: ignore[reportUnusedFunction]
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    del version
 
 
 def verb(function: Callable[P, R]) -> Callable[P, R]:

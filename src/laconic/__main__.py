@@ -1,0 +1,5 @@
+"""`python -m laconic`: the laconic command."""
+
+from laconic.cli import main
+
+main()
