@@ -6,7 +6,10 @@ from torch import fx
 
 from laconic.engine.result import Layer
 from laconic.program.cost import NodeCost, cost
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.program.freezing import form_of
+from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
+
+_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, COMBINE)
 
 
 def layers(original: Program, compressed: Program) -> list[Layer]:
@@ -42,6 +45,9 @@ def form(program: Program, name: str) -> str:
     user = _form_user(program, name)
     if user is None:
         return f"dense {str(program.tensor(name).dtype).removeprefix('torch.')}"
+    if user.target in (LOOKUP, COMBINE):
+        values = next(reversed(form_of(program, name).tensors().values()))
+        return f"codebook of {values.shape[-1]}" if user.target is LOOKUP else "shared basis"
     if user.target is DEQUANTIZE:
         return f"affine {8 * program.tensor(name).element_size()} bit"
     low, high = user.args[4:6]
@@ -65,7 +71,7 @@ def _form_user(program: Program, name: str) -> fx.Node | None:
     for node in program.graph.nodes:
         if node.op == "get_attr" and node.target == name:
             for user in node.users:
-                if user.target in (DEQUANTIZE, FAKE_QUANTIZE) and user.args[0] is node:
+                if user.target in _FORMS and user.args[0] is node:
                     return user
     return None
 

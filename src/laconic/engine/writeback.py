@@ -7,7 +7,8 @@ from torch import Tensor, fx, nn
 
 from laconic.core.errors import SurgeryError
 from laconic.forms import affine
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.program.freezing import form_of
+from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
 
 
 def write_back(program: Program, model: nn.Module) -> list[str]:
@@ -59,6 +60,8 @@ def values(program: Program, name: str) -> Tensor:
             if user.target is DEQUANTIZE and user.args[0] is node:
                 scale, zero_point = (_fetch(program, arg) for arg in user.args[1:3])
                 return affine.decode(tensor, scale, zero_point, _axis(user.args[3]))
+            if user.target in (LOOKUP, COMBINE) and user.args[0] is node:
+                return form_of(program, name).decode()
             if user.target is FAKE_QUANTIZE and user.args[0] is node:
                 scale, zero_point = (_fetch(program, arg) for arg in user.args[1:3])
                 return FAKE_QUANTIZE(tensor, scale, zero_point, *user.args[3:])

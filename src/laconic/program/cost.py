@@ -21,10 +21,13 @@ from laconic.program import axes
 from laconic.program.axes import Atom, Term
 from laconic.program.equations import Equations, operator_name
 from laconic.program.groups import Groups
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
 
 Monomials: TypeAlias = Counter[tuple[int, ...]]
 Integers: TypeAlias = NDArray[np.int64]
+
+
+_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, COMBINE)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _owners(program: Program) -> dict[fx.Node, tuple[str, ...]]:
         if node.op != "get_attr" or str(node.target) in seen:
             continue
         user = next(iter(node.users), None)
-        while user is not None and user.target in (DEQUANTIZE, FAKE_QUANTIZE) and user.users:
+        while user is not None and user.target in _FORMS and user.users:
             user = next(iter(user.users))
         if user is not None:
             seen.add(str(node.target))
@@ -117,7 +120,7 @@ def _is_weight(program: Program, name: str) -> bool:
     if isinstance(program.tensor(name), torch.nn.Parameter):
         return True
     return any(
-        user.target is DEQUANTIZE and user.args[0] is node
+        user.target in (DEQUANTIZE, LOOKUP) and user.args[0] is node
         for node in program.graph.nodes
         if node.op == "get_attr" and node.target == name
         for user in node.users

@@ -1,7 +1,8 @@
 """Weights as integers and back: the two states of a form in a graph, equal bit for bit.
 
 Training, a quantised weight is a float master copy behind `laconic.fake_quantize`; frozen, it is
-the integer codes behind `laconic.dequantize`. The grid of a frozen weight stands in the node's
+the integer codes behind `laconic.dequantize`. Codebooks and shared bases have one state only and
+pass unchanged. The grid of a frozen weight stands in the node's
 `meta["grid"]` as `(qmin, qmax)`; where it is missing (an older file) the smallest signed grid that
 is symmetric and holds the codes is taken.
 """
@@ -14,8 +15,10 @@ from torch import Tensor, fx, nn
 from laconic.forms import affine
 from laconic.forms.affine import Affine
 from laconic.forms.base import Form
+from laconic.forms.basis import Basis
+from laconic.forms.codebook import Codebook
 from laconic.forms.dense import Dense
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
 
 
 def freeze(program: Program) -> Program:
@@ -60,7 +63,9 @@ def is_frozen(program: Program) -> bool:
 
 
 def form_of(program: Program, name: str) -> Form:
-    """How the tensor `name` is written down: affine codes if it stands behind such a node.
+    """How the tensor `name` is written down: the form of the node behind it, else dense.
+
+    A codebook is found by the name of its codes, a basis by that of its coefficients.
 
     Raises:
         SurgeryError: the program has no such tensor.
@@ -71,6 +76,13 @@ def form_of(program: Program, name: str) -> Form:
         nodes = _quantised(program, kind).get(name)
         if nodes and all(node.args[1:] == nodes[0].args[1:] for node in nodes):
             return _affine(program, nodes[0])
+    for node in program.graph.nodes:
+        sources: Any = node.args[:2]
+        stored = node.target in (LOOKUP, COMBINE) and all(s.op == "get_attr" for s in sources)
+        if stored and str(sources[0].target) == name:
+            parts = [program.tensor(str(source.target)).detach() for source in sources]
+            rest: Any = node.args[2:]
+            return Codebook(*parts, *rest) if node.target is LOOKUP else Basis(*parts)
     return Dense(tensor.detach())
 
 

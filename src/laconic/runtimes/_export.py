@@ -13,14 +13,15 @@ from torch.export import Dim, ExportedProgram
 
 from laconic.core.errors import ExportError
 from laconic.forms import affine
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
 
 
 def lower_weights(program: Program) -> fx.GraphModule:
     """A flat eval-mode graph ready for a runtime.
 
     Every fake-quantised *weight* becomes codes and `dequantize`; codes and zero points of every
-    quantisation node get the 8-bit type their range asks for.
+    quantisation node get the 8-bit type their range asks for. Codebooks and shared bases, which no
+    runtime knows, become the tensors they stand for: exact, as large as before in the file.
     """
     module = program.clone().as_graph_module()
     for node in list(module.graph.nodes):
@@ -28,6 +29,9 @@ def lower_weights(program: Program) -> fx.GraphModule:
             node.target = node.name  # they differ where an argument is called like a builtin
         sources: Any = node.args[:3]
         stored = all(is_tensor(source) for source in sources)
+        if node.target in (LOOKUP, COMBINE):
+            _decode(module, node)
+            continue
         if node.target is FAKE_QUANTIZE and stored:
             node = _store(module, node)
             sources = node.args[:3]
@@ -43,6 +47,20 @@ def lower_weights(program: Program) -> fx.GraphModule:
     module.delete_all_unused_submodules()
     module.recompile()
     return module
+
+
+def _decode(module: fx.GraphModule, node: fx.Node) -> None:
+    """Replace a form that has no runtime by the tensor it stands for."""
+    sources: Any = node.args[:2]
+    if not all(is_tensor(source) for source in sources):
+        raise ExportError("codes are computed in the graph", where=node.name)
+    target: Any = node.target
+    with torch.no_grad(), module.graph.inserting_before(node):
+        value = target(*(fetch(module, source.target) for source in sources), *node.args[2:])
+        made = attribute(module, f"{sources[0].target}_decoded", value)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    module.graph.erase_node(node)
 
 
 def _store(module: fx.GraphModule, node: fx.Node) -> fx.Node:

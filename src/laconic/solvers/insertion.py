@@ -1,11 +1,12 @@
-"""Put fake-quantisation nodes into a graph, their tensors beside what they quantise."""
+"""Put the nodes that stand for forms into a graph, their tensors beside what they decode."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
 
-from laconic.program.program import FAKE_QUANTIZE, Program
+from laconic.forms.codebook import Codebook
+from laconic.program.program import COMBINE, FAKE_QUANTIZE, LOOKUP, Program
 from laconic.solvers.placement import Place, WeightSite
 from laconic.solvers.ranges import Grid
 
@@ -16,11 +17,61 @@ def quantize_weight(program: Program, site: WeightSite, axis: int | None, grid: 
     Its grid is stored as `<weight>_scale` and `<weight>_zero_point`. The program is changed;
     recompile it afterwards.
     """
+    first = _single(program, site)
+    return _insert(program, first, list(first.users), site.name, axis, grid)
+
+
+def insert_lookup(program: Program, site: WeightSite, values: Tensor, form: Codebook) -> fx.Node:
+    """Put one node behind codes that stand in a weight's place, between them and all its users.
+
+    The values are stored as `<weight>_codebook`. The program is changed; recompile it afterwards.
+
+    Args:
+        program: its tensor of the site's name holds the codes already.
+        site: the weight.
+        values: of the codebook, a parameter if they are to train.
+        form: everything else.
+    """
+    side = program.add_tensor(f"{site.name}_codebook", values)
+    return _behind(program, site, LOOKUP, side, (form.axis, form.group, form.low, form.zero))
+
+
+def insert_combine(program: Program, site: WeightSite, basis: str) -> fx.Node:
+    """Put one node behind coefficients that stand in a weight's place; `basis` is a stored tensor.
+
+    The program is changed; recompile it afterwards.
+    """
+    return _behind(program, site, COMBINE, basis, ())
+
+
+def _behind(
+    program: Program, site: WeightSite, target: Any, side: str, rest: tuple[Any, ...]
+) -> fx.Node:
+    """A node that decodes the tensor in a weight's place with the tensor `side`."""
+    first = _single(program, site)
+    users, other = list(first.users), program.tensor(side)
+    with program.graph.inserting_after(first):
+        held = program.graph.get_attr(side)
+    held.meta = {"origin": first.meta.get("origin", ""), "shape": tuple(other.shape)}
+    held.meta["dtype"] = other.dtype
+    name = str(target).split(".")[1]
+    with program.graph.inserting_after(held):
+        made = program.graph.create_node("call_function", target, (first, held, *rest), name=name)
+    made.meta = dict(first.meta)
+    stored = program.tensor(site.name)
+    first.meta |= {"shape": tuple(stored.shape), "dtype": stored.dtype}
+    for user in users:
+        user.replace_input_with(first, made)
+    return made
+
+
+def _single(program: Program, site: WeightSite) -> fx.Node:
+    """The one node that reads a weight: several become one."""
     first, *others = site.holders
     for other in others:
         other.replace_all_uses_with(first)
         program.graph.erase_node(other)
-    return _insert(program, first, list(first.users), site.name, axis, grid)
+    return first
 
 
 def quantize_activation(program: Program, place: Place, grid: Grid) -> fx.Node:

@@ -71,6 +71,11 @@ def _first(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     return run.again(), next(iter(m.values()))
 
 
+def _combined(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
+    """Alive where the tensors of the basis are: every one of them lost the same slices."""
+    return run.again(), m["basis_"].all(0)
+
+
 def _moved(*names: str) -> Rule:
     """Elements change places only: masks move as the values do."""
 
@@ -336,6 +341,8 @@ def _table() -> dict[str, Rule]:
         "prelu": _first,
         "laconic.fake_quantize": _first,
         "laconic.dequantize": _first,
+        "laconic.lookup": _first,
+        "laconic.combine": _combined,
         "full": _made,
         "arange": _made,
     }

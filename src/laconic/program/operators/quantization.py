@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from laconic.program.axes import product
 from laconic.program.equations import Arguments, Dims, Equations, Row
 
 
@@ -15,7 +16,31 @@ def quantized(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return dims
 
 
+def lookup(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """Axes pass; books go with the runs of the axis they belong to, and stay whole."""
+    dims, (*books, width) = see.dims(a["codes"]), see.dims(a["values"])
+    see.freeze(node, "codes point into it", width)
+    for book in books:
+        axis, group = dims[a["axis"]], a["group"]
+        if axis.size == book.size * group:
+            run = see.rigid(node, "slices share a book", group) if group > 1 else ()
+            see.same(axis, product(book, *run), node)
+        else:
+            see.freeze(node, "the last book has fewer slices", axis, book)
+    return dims
+
+
+def combine(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """Coefficients `[rank]`, basis `[rank, *shape]` → `[*shape]`; the rank stays."""
+    rank, *dims = see.dims(a["basis_"])
+    see.freeze(node, "every coefficient belongs to one tensor of the basis", rank)
+    see.freeze(node, "every tensor of the basis has one coefficient", *see.dims(a["coefficients"]))
+    return tuple(dims)
+
+
 ROWS: dict[str, Row] = {
     "laconic.fake_quantize": quantized,
     "laconic.dequantize": quantized,
+    "laconic.lookup": lookup,
+    "laconic.combine": combine,
 }

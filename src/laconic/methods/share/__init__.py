@@ -1,0 +1,1 @@
+"""Several weights, or several layers, that share what is stored."""
