@@ -34,7 +34,7 @@ floors: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two busy thread pools on two cores crawl
 
 clean:
 	rm -rf $(VENV) artifacts .pytest_cache .ruff_cache
