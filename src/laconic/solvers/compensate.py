@@ -9,7 +9,7 @@ fitted scale and bias with statistics that are true of its new input, so the res
 batch norms behind anything else are measured anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,8 @@ from laconic.statistics.layers import Layer, layers, pick
 from laconic.statistics.walk import Walk
 
 Changes = Mapping[str, Mapping[int, Tensor]]
+Hold = Callable[[Fit, Gram, bool, Tensor], Fit]
+"""What a layer can hold of a fit: by the moments of its rows, its bias, and output scales."""
 
 _SAFE = {
     "batch_norm", "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "cat",
@@ -76,6 +78,7 @@ def compensate(
     recalibrate: bool = True,
     seed: int = 0,
     progress: Progress = SILENT,
+    holds: Mapping[str, Hold] | None = None,
 ) -> Report:
     """Refit and recalibrate `small` in place against `dense`.
 
@@ -89,17 +92,18 @@ def compensate(
         recalibrate: measure batch norms that no refit rewrote.
         seed: of the choice of positions that serve as rows.
         progress: moved on by one for each layer.
+        holds: weights that are replaced by what they can hold of a fit (a low rank, say).
     """
-    report = Report()
-    drifted = drift(dense, small, changes)
-    places = _places(small, changes, drifted, consumers_only, report) if refit else []
+    report, holds = Report(), holds or {}
+    drifted = drift(dense, small, changes, holds)
+    places = _places(small, changes, drifted, consumers_only, report, holds) if refit else []
     rewritten = {place.norm.node for place in places if place.norm is not None}
     loose = [
         norm
         for norm in norms(small)
         if recalibrate and norm.source in drifted and norm.node not in rewritten
     ]
-    work = _Work(dense, small, changes, batches, seed, report)
+    work = _Work(dense, small, changes, batches, seed, report, holds)
     order = work.behind.order.place
     jobs: list[Place | Norm] = [*places, *loose]
     jobs.sort(key=lambda job: order[job.layer.node if isinstance(job, Place) else job.node])
@@ -122,8 +126,10 @@ class _Work:
         batches: Sequence[Sequence[Tensor]],
         seed: int,
         report: Report,
+        holds: Mapping[str, Hold],
     ) -> None:
         self.small, self.changes, self.seed, self.report = small, changes, seed, report
+        self.holds = holds
         self.ahead, self.behind = Convoy(dense, batches), Convoy(small, batches)
         self.twin = dict(zip(small.graph.nodes, dense.graph.nodes, strict=True))
         self.fitted: set[fx.Node] = set()
@@ -145,7 +151,7 @@ class _Work:
         self.fitted.add(layer.node)
         if self.twin[place.anchor] not in pending:
             self.ahead.forget(self.twin[place.anchor])
-        _write(self.small, place, halves, self.report)
+        _write(self.small, place, halves, self.report, self.holds.get(layer.weight))
 
     def _moments(self, place: Place) -> tuple[Gram, Gram]:
         layer, halves = place.layer, (Gram(), Gram())
@@ -170,10 +176,17 @@ class _Work:
         return halves
 
 
-def drift(dense: Program, small: Program, changes: Changes) -> set[fx.Node]:
-    """Nodes of `small` whose value may differ from the dense one with the cut channels left out."""
+def drift(
+    dense: Program, small: Program, changes: Changes, moved: Collection[str] = ()
+) -> set[fx.Node]:
+    """Nodes of `small` whose value may differ from the dense one with the cut channels left out.
+
+    `moved`: weights that differ although nothing was cut from them.
+    """
     consumers = {
-        layer.node for layer in layers(small) if layer.in_dim in changes.get(layer.weight, {})
+        layer.node
+        for layer in layers(small)
+        if layer.in_dim in changes.get(layer.weight, {}) or layer.weight in moved
     }
     found: set[fx.Node] = set()
     cut: set[fx.Node] = set()
@@ -200,11 +213,12 @@ def _places(
     drifted: set[fx.Node],
     consumers_only: bool,
     report: Report,
+    moved: Collection[str],
 ) -> list[Place]:
     by_source = {norm.node: norm for norm in norms(small)}
     found: list[Place] = []
     for layer in layers(small):
-        lost = layer.in_dim in changes.get(layer.weight, {})
+        lost = layer.in_dim in changes.get(layer.weight, {}) or layer.weight in moved
         if not lost and (consumers_only or layer.source not in drifted):
             continue
         if layer.groups != 1 or layer.shared:
@@ -276,7 +290,9 @@ def _scaling(small: Program, norm: Norm | None) -> tuple[Tensor, Tensor, Tensor]
     return alive, shift, scale / alive
 
 
-def _write(small: Program, place: Place, halves: tuple[Gram, Gram], report: Report) -> None:
+def _write(
+    small: Program, place: Place, halves: tuple[Gram, Gram], report: Report, hold: Hold | None
+) -> None:
     """Fit one layer and store what came out, in it and in the batch norm behind it."""
     layer, norm = place.layer, place.norm
     old = small.tensor(layer.weight)
@@ -290,7 +306,10 @@ def _write(small: Program, place: Place, halves: tuple[Gram, Gram], report: Repo
             f"{layer.weight}: calibration data give it a constant input, keeps its weights"
         )
         return
-    fit = least_squares.refit(halves, prior, bias=layer.bias is not None or norm is not None)
+    bias = layer.bias is not None or norm is not None
+    fit = least_squares.refit(halves, prior, bias=bias)
+    if hold is not None:
+        fit = hold(fit, whole, bias, scale)
     if whole.count < whole.mean.numel():
         report.notes.append(
             f"{layer.weight}: {whole.count} calibration rows for {whole.mean.numel()} columns, "

@@ -1,0 +1,1 @@
+"""Large weights as products of smaller ones."""
