@@ -80,7 +80,7 @@ def form_of(program: Program, name: str) -> Form:
         sources: Any = node.args[:2]
         stored = node.target in (LOOKUP, COMBINE) and all(s.op == "get_attr" for s in sources)
         if stored and str(sources[0].target) == name:
-            parts = [program.tensor(str(source.target)).detach() for source in sources]
+            parts: Any = [program.tensor(str(s.target)).detach() for s in sources]
             rest: Any = node.args[2:]
             return Codebook(*parts, *rest) if node.target is LOOKUP else Basis(*parts)
     return Dense(tensor.detach())

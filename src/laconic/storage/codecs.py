@@ -143,7 +143,8 @@ def _coding(data: bytes) -> Coding:
 def _to_bytes(tensor: Tensor) -> Bytes:
     """Little-endian bytes `[elements, width]`."""
     width = tensor.element_size()
-    raw = tensor.reshape(-1).view(torch.uint8).numpy().reshape(-1, width)
+    flat = tensor.as_strided((tensor.numel(),), (1,))  # one element may have any stride
+    raw = flat.view(torch.uint8).numpy().reshape(-1, width)
     return _little_endian(raw, tensor.dtype)
 
 
