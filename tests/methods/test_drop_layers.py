@@ -1,0 +1,160 @@
+"""simplify.drop_layers: residual branches are found from the graph, and the idle one goes first."""
+
+import pytest
+import torch
+from torch import nn
+
+from laconic.core.errors import DataError, RecipeError
+from laconic.core.task import Task
+from laconic.methods.base import Context
+from laconic.methods.simplify.drop_layers import DropLayers
+from laconic.program.capture import capture
+from laconic.program.sites import Sites
+from laconic.testing import zoo
+
+EPS = torch.finfo(torch.float32).eps
+
+
+class Res(nn.Sequential):
+    """What it computes is added to what it is given."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def task(data=None, targets=None):
+    def error(outputs, wanted):
+        return (outputs - wanted).square().flatten(1).mean(1)
+
+    return Task(
+        loss=lambda outputs, wanted: error(outputs, wanted).mean(),
+        metric=lambda outputs, wanted: -error(outputs, wanted),
+        train=None if data is None else [(data, targets)],
+    )
+
+
+def drop(program, sites="*", data=None, **options):
+    with torch.no_grad():
+        targets = None if data is None else program(data)
+    context = Context(task=task(data, targets), original=program)
+    return DropLayers(**options).apply(program, Sites.of(sites), context)
+
+
+def stream(idle=1):
+    """Four residual branches of a perceptron, of which `idle` adds nothing."""
+    blocks = [Res(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 6)) for _ in range(4)]
+    model = zoo.shake(nn.Sequential(*blocks, nn.Linear(6, 3)), 1)
+    with torch.no_grad():
+        for parameter in blocks[idle].parameters():
+            parameter.zero_()
+    return model
+
+
+def test_blocks_are_found_and_projections_stay():
+    model, inputs = zoo.make("resnet")
+    program = capture(model, inputs)
+    context = Context(task=task(), original=program)
+    outcome = DropLayers(importance="l2", ratio=0.5).apply(program, Sites(), context)
+    assert outcome.figures["branches"] == [2, 1]
+    assert set(outcome.figures["scores"]) == {"blocks.0", "blocks.2"}
+    (gone,) = outcome.figures["dropped"]
+    assert not [name for name, _ in outcome.program.tensors() if name.startswith(gone)]
+    assert outcome.figures["macs"][1] < outcome.figures["macs"][0]
+
+
+@pytest.mark.parametrize("importance", ["influence", "l1", "l2", "taylor", "loss"])
+@pytest.mark.parametrize("idle", [0, 2])
+def test_the_branch_that_adds_nothing_goes_first_and_nothing_changes(importance, idle, generator):
+    x = torch.randn(16, 6, generator=generator)
+    program = capture(stream(idle), x[:2])
+    outcome = drop(program, data=x, importance=importance, count=1)
+    assert outcome.figures["dropped"] == [str(idle)]
+    scores = outcome.figures["scores"]
+    assert abs(scores[str(idle)]) <= 4 * EPS
+    assert all(score > 1e-4 for name, score in scores.items() if name != str(idle))
+    assert torch.equal(outcome.program(x), program(x))
+    assert f"{idle}.0.weight" not in outcome.program.state_dict()
+
+
+def test_what_is_left_is_the_network_without_the_branch(generator):
+    model = stream()
+    x = torch.randn(16, 6, generator=generator)
+    program = capture(model, x[:2])
+    outcome = drop(program, drop=["0", "3"])
+    with torch.no_grad():
+        assert torch.equal(outcome.program(x), model[4](model[2](x)))  # branch 1 adds zero
+    assert outcome.resolved["drop"] == ["0", "3"]
+
+
+def test_units_go_together(generator):
+    x = torch.randn(16, 6, generator=generator)
+    program = capture(stream(2), x[:2])
+    outcome = drop(program, data=x, unit=2, importance="l1")
+    assert outcome.figures["dropped"] == ["2", "3"]
+
+
+@pytest.mark.parametrize(("ratio", "gone"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.9, 3)])
+def test_the_ratio_is_the_part_that_goes(ratio, gone):
+    program = capture(stream(), torch.randn(2, 6))
+    outcome = drop(program, importance="l2", ratio=ratio)
+    assert len(outcome.figures["dropped"]) == gone
+    assert bool(outcome.notes) == (gone == 0)
+
+
+# linear replacement ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_linear_branch_is_replaced_exactly(image, generator):
+    if image:
+        body = [Res(nn.Conv2d(3, 24, 1), nn.Conv2d(24, 3, 1)), nn.ReLU(), nn.Conv2d(3, 2, 1)]
+        x = torch.randn(16, 3, 6, 6, generator=generator)
+    else:
+        body = [Res(nn.Linear(6, 24), nn.Linear(24, 6)), nn.ReLU(), nn.Linear(6, 2)]
+        x = torch.randn(256, 6, generator=generator)
+    model = zoo.shake(nn.Sequential(*body), 1)
+    program = capture(model, x[:2])
+    outcome = drop(program, data=x, count=1, replace="linear", samples=256)
+    # a ridge of 1e-5 leaves its square; the residual is a difference of float32 moments
+    assert outcome.figures["fit_error"]["0"] <= 64 * EPS
+    with torch.no_grad():
+        wanted, found = program(x), outcome.program(x)
+        skipped = drop(program, data=x, count=1).program(x)
+    assert (wanted - found).square().mean() <= 1e-6 * (wanted - skipped).square().mean()
+    assert outcome.figures["macs"][1] < outcome.figures["macs"][0]
+    assert outcome.program.tensor("0.linear.weight").requires_grad
+
+
+def test_few_samples_and_constant_data_fall_back_in_words(generator):
+    model = zoo.shake(nn.Sequential(Res(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6))), 1)
+    x = torch.randn(4, 6, generator=generator)
+    program = capture(model, x[:2])
+    few = drop(program, data=x, count=1, replace="linear")
+    assert any("4 calibration rows for 6 channels" in note for note in few.notes)
+    assert bool(torch.isfinite(few.program(x)).all())
+    zeros = drop(program, data=torch.zeros(64, 6), count=1, replace="linear")
+    assert any("constant stream" in note for note in zeros.notes)
+    assert torch.equal(zeros.program(x), x)
+
+
+# what is refused ------------------------------------------------------------------------------
+
+
+def test_wrong_options_sites_and_data_are_refused(generator):
+    program = capture(stream(), torch.randn(2, 6))
+    with pytest.raises(RecipeError, match="count 5 is more than the 4 units"):
+        drop(program, importance="l1", count=5)
+    with pytest.raises(RecipeError, match="no residual branch is named '7'"):
+        drop(program, drop=["7"])
+    with pytest.raises(RecipeError, match="match nothing"):
+        drop(program, "9", importance="l1")
+    with pytest.raises(DataError):
+        drop(program)
+
+
+def test_a_network_without_streams_is_left_alone_in_words():
+    model, inputs = zoo.make("plain_cnn")
+    program = capture(model, inputs)
+    outcome = DropLayers().apply(program, Sites(), Context(task=task(), original=program))
+    assert outcome.figures["dropped"] == []
+    assert "no residual branch" in outcome.notes[0]
