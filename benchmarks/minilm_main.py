@@ -36,7 +36,8 @@ PRUNE: dict[str, Any] = {
     "ratio": {"*.heads": 1 / 3, "*.intermediate.*": 0.5},
 }  # fmt: skip
 RECOVER: dict[str, Any] = {
-    "method": "distill.logits", "steps": 700, "lr": 3e-4, "features": 0.5,
+    "method": "distill.logits", "sites": ["*", "!*embeddings*"], "steps": 1600, "lr": 5e-4,
+    "features": 0.5,
 }  # fmt: skip
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 
@@ -84,8 +85,9 @@ class Job:
     @cached_property
     def train(self) -> "Shuffled":
         """Text for recovery in batches of similar length, so that little is padding."""
-        texts = passages() + [text for text, _ in sst2("train")[300:20_300] if len(text) > 40]
-        return Shuffled(self.batches(sorted(texts, key=len)[:: 200 if self.quick else 1], 32, None))
+        sentences = [text for text, _ in sst2("train")[300:] if len(text) > 40]
+        texts = sorted(passages()[::3] + sentences, key=len)[:: 200 if self.quick else 1]
+        return Shuffled(self.batches(texts, 64, None))
 
     @cached_property
     def task(self) -> Task:
