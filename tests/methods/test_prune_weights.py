@@ -167,6 +167,18 @@ def test_channels_are_cut_from_sparse_weights():
     assert outcome.program.sparse == sparse.sparse
 
 
+def test_a_refit_after_cutting_channels_keeps_the_zeros():
+    program, context = setting("plain_cnn")
+    sparse = Magnitude(ratio=0.5).apply(program, Sites(), context).program
+    outcome = PruneChannels(ratio=0.3, block=1, samples=16).apply(sparse, Sites(), context)
+    assert outcome.figures["refit_error"]
+    for name in sparse.sparse:
+        old, new = sparse.tensor(name).detach(), outcome.program.tensor(name).detach()
+        for dim, kept in outcome.changes.get(name, {}).items():
+            old = old.index_select(dim, kept)
+        assert bool((new[old == 0] == 0).all())
+
+
 @pytest.mark.parametrize("name", ["prune.wanda", "prune.obs"])
 def test_calibration_of_zeros_falls_back_to_magnitude(name, chain):
     program, context, _ = chain

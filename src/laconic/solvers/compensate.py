@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from laconic.core.progress import SILENT, Progress
 from laconic.program.equations import operator_name
 from laconic.program.program import Program
-from laconic.solvers import least_squares
+from laconic.solvers import least_squares, obs_weights
 from laconic.solvers.least_squares import Fit
 from laconic.solvers.recalibrate import Norm, norms, remeasure
 from laconic.statistics.convoy import Convoy
@@ -310,6 +310,8 @@ def _write(
     fit = least_squares.refit(halves, prior, bias=bias)
     if hold is not None:
         fit = hold(fit, whole, bias, scale)
+    elif layer.weight in small.sparse:
+        fit = obs_weights.held(fit, whole, bias, layer.matrix(old.detach()) == 0)
     if whole.count < whole.mean.numel():
         report.notes.append(
             f"{layer.weight}: {whole.count} calibration rows for {whole.mean.numel()} columns, "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from laconic.program.program import Program
-from laconic.solvers import least_squares, obs_weights
+from laconic.solvers import obs_weights
 from laconic.solvers.compensate import compensate
 from laconic.solvers.least_squares import Fit
 from laconic.solvers.obs_weights import Rows, Solver, Wanted
@@ -115,12 +115,10 @@ class Surgeon:
         """The sparse part of a refit: its weights on the columns that stay, and its bias."""
         seen = gram if bias else gram.raw()
         importance = scale.square().expand(len(fit.weight)).to(fit.weight)
-        moments = _damped(seen.covariance, fit.ridge)
+        moments = obs_weights.damped(seen.covariance, fit.ridge)
         self.done.add(name)
         weight = self._solve(self.readers[name][0], name, aim, fit.weight, moments, importance)
-        offset = seen.target_mean - weight @ seen.mean if bias else fit.bias
-        made = Fit(weight, offset, fit.ridge, fit.error)
-        return Fit(weight, offset, fit.ridge, least_squares.residual(made, gram))
+        return obs_weights.refitted(fit, gram, bias, weight)
 
     def _solve(
         self,
@@ -188,7 +186,7 @@ class Surgeon:
         for part, stays, gram in zip(
             matrix.chunk(layer.groups), keep.chunk(layer.groups), moments.grams, strict=True
         ):
-            damped = _damped(gram.raw().covariance, RIDGE)
+            damped = obs_weights.damped(gram.raw().covariance, RIDGE)
             solved.append(obs_weights.onto(Rows(part, damped, torch.ones_like(part[:, 0]), ~stays)))
         small.set_tensor(layer.weight, layer.weight_from(torch.cat(solved), old))
         self.done.add(layer.weight)
@@ -227,9 +225,3 @@ def columns_for(layer: Layer, columns: int, m: int) -> Tensor:
     order = torch.arange(columns).reshape(channels, layer.taps).T
     whole = channels // m * m
     return torch.cat([order[:, :whole].flatten(), order[:, whole:].flatten()])
-
-
-def _damped(moments: Tensor, ridge: float) -> Tensor:
-    made = moments.clone()
-    made.diagonal().add_(ridge * float(moments.diagonal().mean()))
-    return made

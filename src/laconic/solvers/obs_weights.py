@@ -17,7 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from laconic.solvers.least_squares import Fit, residual
 from laconic.solvers.weight_masks import highest, patterned
+from laconic.statistics.gram import Gram
 
 Solver = Literal["auto", "exact", "sweep"]
 EXACT_WORK = 2e11
@@ -97,6 +99,28 @@ def onto(rows: Rows) -> Tensor:
     if len(rows.weight) * rows.weight.shape[1] ** 3 <= EXACT_WORK:
         return _solution(rows, ~rows.held)
     return _sweep_onto(rows, None)
+
+
+def held(fit: Fit, gram: Gram, bias: bool, zeros: Tensor) -> Fit:
+    """What a weight with fixed `zeros` (bool `[rows, columns]`) can hold of a fit."""
+    seen = gram if bias else gram.raw()
+    equal = torch.ones(len(fit.weight)).to(fit.weight)
+    rows = Rows(fit.weight, damped(seen.covariance, fit.ridge), equal, zeros)
+    return refitted(fit, gram, bias, onto(rows))
+
+
+def refitted(fit: Fit, gram: Gram, bias: bool, weight: Tensor) -> Fit:
+    """A fit with another weight, its bias and its error."""
+    offset = gram.target_mean - weight @ gram.mean if bias else fit.bias
+    made = Fit(weight, offset, fit.ridge, fit.error)
+    return Fit(weight, offset, fit.ridge, residual(made, gram))
+
+
+def damped(moments: Tensor, ridge: float) -> Tensor:
+    """`moments` with `ridge`, in units of their mean, added to the diagonal."""
+    made = moments.clone()
+    made.diagonal().add_(ridge * float(moments.diagonal().mean()))
+    return made
 
 
 def exact(rows: Rows, wanted: Wanted, rounds: int = _ROUNDS) -> Tensor:
