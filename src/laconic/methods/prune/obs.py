@@ -10,16 +10,16 @@ Papers: Hassibi & Stork 1993; ExactOBS (Frantar & Alistarh 2022, arXiv 2208.1158
 it is affordable, SparseGPT (2023, arXiv 2301.00774) for larger ones; asymmetric refit as in He et
 al. 2017 (arXiv 1707.06168).
 
-Helps: the most accurate one-shot pruning of single weights here: convolutions and linear layers at
-70 to 90 %, where magnitudes break down. Zeros last when training goes on.
+Helps: convolutions and linear layers at 70 to 90 %, where magnitudes break down. Zeros last when
+training goes on.
 Does not: dense runtimes are not faster for it, files are smaller; embeddings and transposed
 convolutions stay. Grouped convolutions and weights that several layers read are pruned and repaired
 from their own inputs, before the others. Too few samples for a layer's columns are noted: the
 ridge, chosen on held-out halves of the data, then keeps it close to its old weights.
 
 Cost: one pass over `samples` in two networks side by side, and for each layer of n columns and m
-rows about 8 m n^3 multiply-adds (exact) or n^3 + m n^2 (sweep): half a minute for a ResNet-20 on
-one core. `scope: global` adds a backward pass over the samples.
+rows about 8 m n^3 multiply-adds (exact) or n^3 + m n^2 (sweep). `solver: sweep` with 256 samples
+prunes a ResNet-20 in 10 seconds of one core. `scope: global` adds a backward pass over the samples.
 """
 
 from collections.abc import Mapping

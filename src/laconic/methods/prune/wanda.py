@@ -7,10 +7,9 @@ Paper: Sun et al. 2023 (arXiv 2306.11695).
 
 Helps: large transformers with outlier features, where magnitudes alone fail; seconds instead of the
 minutes of `prune.obs`, close to it up to about half of the weights.
-Does not: nothing is compensated, so beyond that `prune.obs` is far ahead; in convolutional networks
-with batch norm, whose inputs have all about one scale, it is hardly better than magnitude, and
-every row losing the same part is worse than a global threshold. Zeros make files smaller, not
-dense runtimes faster.
+Does not: nothing is compensated, so beyond that `prune.obs` is far ahead; in a convolutional
+network with batch norm every row losing the same part is worse than a global threshold on
+magnitudes (ResNet-20 at 80 %). Zeros make files smaller, not dense runtimes faster.
 
 Cost: one forward pass over `samples` and a sort of each row.
 """
