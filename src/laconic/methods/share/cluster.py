@@ -10,9 +10,9 @@ Papers: Deep Compression (Han et al. 2016, arXiv 1510.00149); clustering weighte
 the Hessian: Choi et al. 2017 (arXiv 1612.01543).
 
 Helps: the size of the file, most at 2 to 5 bits, where a uniform grid has too few values in the
-middle and too many at the ends; after pruning, where few values are left to tell apart. `hessian`
-and `fisher` help at 2 and 3 bits and where inputs differ in size; train the values afterwards
-(distill.logits), above all below 4 bits.
+middle and too many at the ends; after pruning, where few values are left to tell apart. `fisher`
+helps at 2 and 3 bits; `hessian` is cheaper, but knows only a layer's inputs and can come out worse
+than `none`. Train the values afterwards (distill.logits), above all below 4 bits.
 Does not: nothing gets faster. No runtime computes with codebooks; exported, the weight is the float
 tensor it stands for, exactly. Above 5 bits quantize.static is as good and fast as well. Codebooks
 for each channel of a small tensor cost more than they save and are left out with a note.
@@ -128,9 +128,9 @@ class Cluster(Method):
         """Chosen weight → how many values its codebooks have."""
         chosen = _chosen(program, sites, [site.name for site in found])
         if self.clusters is not None:
-            return dict.fromkeys(chosen, self.clusters)
+            return {name: self.clusters for name in chosen}
         if isinstance(self.bits, int):
-            return dict.fromkeys(chosen, 2**self.bits)
+            return {name: 2**self.bits for name in chosen}
         counts: dict[str, int] = {}
         for pattern, bits in self.bits.items():
             for name in _chosen(program, Sites.of(pattern), chosen):
