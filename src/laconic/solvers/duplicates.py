@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from laconic.program.program import Program
 from laconic.solvers import intervals
 from laconic.solvers.channel_region import Region, columns, passed, rows
-from laconic.statistics.collect import collect
+from laconic.statistics.collect import Request, collect
 from laconic.statistics.layers import Layer
 from laconic.statistics.min_max import MinMax
 
@@ -88,18 +88,16 @@ def observed(
     program: Program, regions: Sequence[Region], batches: Sequence[Sequence[Tensor]]
 ) -> dict[str, Constants]:
     """Channels that have one value on all of the given data."""
-    requests: dict[str, Any] = {}
+    seen: dict[fx.Node, MinMax] = {}
+    requests: dict[str, Request] = {}
     for region in regions:
         for layer, _ in region.readers:
             place = layer.node.args.index(layer.source)
             axis = layer.channel_axis(torch.empty(layer.source.meta["shape"], device="meta"))
-            requests[layer.node.name] = (layer.node.name, f"input {place}", MinMax(axis))
-    seen: Mapping[str, Any] = collect(program, batches, requests)
-    ends = {
-        layer.node: (seen[layer.node.name].minimum.double(), seen[layer.node.name].maximum.double())
-        for region in regions
-        for layer, _ in region.readers
-    }
+            seen[layer.node] = MinMax(axis)
+            requests[layer.node.name] = (layer.node.name, f"input {place}", seen[layer.node])
+    collect(program, batches, requests)
+    ends = {node: (one.minimum.double(), one.maximum.double()) for node, one in seen.items()}
     return {region.group.name: _constants(region, ends, 0.0) for region in regions}
 
 
