@@ -218,6 +218,10 @@ class Attend(nn.Module):
             seen = torch.arange(k.shape[-2])[None] < length[:, None]
             seen = seen[:, None, None, :]
             options["attn_mask"] = seen if self.mask == "bool" else seen.logical_not() * -1e30
+            if self.mask == "heads":  # each head sees one key less than the one before it
+                rest = 5 - torch.arange(4)[:, None, None]
+                seen = seen.expand(-1, 4, 5, -1) & (torch.arange(5) < rest)
+                options["attn_mask"] = seen
             if self.mask == "inf":
                 blind = torch.full((), float("-inf"))
                 options["attn_mask"] = torch.where(seen, torch.zeros(()), blind)
@@ -234,6 +238,8 @@ class Attend(nn.Module):
         Attend("float"),
         Attend("inf"),
         Attend("bool", enable_gqa=True),
+        Attend("heads"),
+        Attend("heads", enable_gqa=True),
         Attend(is_causal=True, enable_gqa=True),
     ],
     ids=lambda m: f"{m.mask} {m.how}",

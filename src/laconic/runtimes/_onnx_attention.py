@@ -29,28 +29,23 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> _IR:
-    """`aten.scaled_dot_product_attention` for q [..., L, d], k [..., S, d], v [..., S, e].
-
-    Raises:
-        NotImplementedError: grouped heads with a mask of their own for each head.
-    """
+    """`aten.scaled_dot_product_attention` for q [..., L, d], k [..., S, d], v [..., S, e]."""
     op, ir = modules()
 
     del dropout  # an exported graph is in eval mode
-    heads, width, last = q.shape[-3:-2], v.shape[-1], len(q.shape) - 1
+    heads, last = q.shape[-3:-2], len(q.shape) - 1
     factor = float(q.shape[-1]) ** -0.5 if scale is None else float(scale)
     boolean = causal or (mask is not None and mask.dtype == ir.DataType.BOOL)
     if causal:
         mask = _triangle(q, k)
     grouped = enable_gqa and heads != k.shape[-3:-2]
     if grouped:  # the query heads of one key head become a dimension of their own
-        shared = k.shape[-3]
+        pair = [k.shape[-3], heads[0] // k.shape[-3]]
         if mask is not None and len(mask.shape or ()) > 2:
-            if mask.shape[-3] != 1:
-                raise NotImplementedError("grouped heads with a mask for each head")
-            mask = op.Unsqueeze(mask, [-3])
-        q = op.Reshape(q, [0, shared, heads[0] // shared, -1, q.shape[-1]])
-        k, v, last = op.Unsqueeze(k, [2]), op.Unsqueeze(v, [2]), last + 1
+            alike = mask.shape[-3] == 1
+            mask = op.Unsqueeze(mask, [-3]) if alike else _with_heads(mask, -3, pair)
+        q = _with_heads(q, -3, pair)
+        k, v, last = op.Unsqueeze(k, [-3]), op.Unsqueeze(v, [-3]), last + 1
     turned = op.Transpose(k, perm=[*range(last - 1), last, last - 1])
     scores = op.Mul(op.MatMul(q, turned), op.CastLike(factor, q))
     seen = None
@@ -61,7 +56,15 @@ def attention(
     made = op.MatMul(op.Softmax(scores, axis=-1), v)
     if seen is not None:
         made = op.Where(seen, made, op.CastLike(0.0, q))
-    return op.Reshape(made, [0, heads[0], -1, width]) if grouped else made
+    return _with_heads(made, -4, [heads[0]]) if grouped else made
+
+
+def _with_heads(x: _IR, start: int, heads: list[int]) -> _IR:
+    """`x` with its dimensions from `start` to the last two written as `heads`."""
+    op, _ = modules()
+    before = op.Shape(x, end=start)
+    sizes = op.Concat(before, op.Constant(value_ints=heads), op.Shape(x, start=-2), axis=0)
+    return op.Reshape(x, sizes)
 
 
 def _triangle(q: _IR, k: _IR) -> _IR:
