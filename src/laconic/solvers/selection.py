@@ -9,14 +9,34 @@ import torch
 from torch import Tensor
 
 from laconic.core import registry
+from laconic.core.errors import RecipeError
 from laconic.program.cost import CostModel
 from laconic.program.groups import Groups
 from laconic.program.program import Program
+from laconic.program.sites import Sites
 from laconic.solvers.allocate import Costs, Of, Scope, allocate, choice
 from laconic.solvers.importance.base import Importance, Scene
 
 Keep = dict[str, Tensor]
 NARROW = 4  # a block that was not asked for leaves every group at least so many choices
+
+
+def chosen(found: Groups, sites: Sites) -> list[str]:
+    """Names of the groups that may shrink and are selected.
+
+    Raises:
+        RecipeError: only frozen groups match, or none at all.
+    """
+    free = [group.name for group in found]
+    matching = [name for name in free if sites.match(name)]
+    frozen = [group for group in found.frozen if sites.match(group.name)]
+    if free and not matching and frozen:
+        raise RecipeError(
+            f"sites {list(sites.patterns)} match only groups that cannot shrink",
+            where=frozen[0].name,
+            hint=str(frozen[0].frozen),
+        )
+    return matching or sites.choose(free)
 
 
 @dataclass(frozen=True)

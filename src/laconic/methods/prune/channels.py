@@ -28,7 +28,6 @@ import torch
 from pydantic import Field, model_validator
 
 from laconic.core import registry
-from laconic.core.errors import RecipeError
 from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import CostModel
@@ -137,7 +136,7 @@ class _Job:
 
     def choose(self, sites: Sites) -> tuple[Keep, int | str]:
         """Score and allocate; the kept indices and the block that was used."""
-        names = _selected(self.found, sites)
+        names = selection.chosen(self.found, sites)
         method = self.method
         if not names:
             self.notes += [f"{group.name}: {group.frozen}" for group in self.found.frozen]
@@ -255,24 +254,6 @@ class _Job:
             notes=[*dict.fromkeys([*self.notes, *report.notes])],
             figures=figures,
         )
-
-
-def _selected(found: Groups, sites: Sites) -> list[str]:
-    """Names of the groups that may shrink and are selected.
-
-    Raises:
-        RecipeError: only frozen groups match, or none at all.
-    """
-    free = [group.name for group in found]
-    chosen = [name for name in free if sites.match(name)]
-    frozen = [group for group in found.frozen if sites.match(group.name)]
-    if free and not chosen and frozen:
-        raise RecipeError(
-            f"sites {list(sites.patterns)} match only groups that cannot shrink",
-            where=frozen[0].name,
-            hint=str(frozen[0].frozen),
-        )
-    return chosen or sites.choose(free)
 
 
 def _ready(program: Program, device: torch.device) -> Program:

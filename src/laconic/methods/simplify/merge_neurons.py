@@ -36,7 +36,7 @@ from laconic.program.groups import Groups
 from laconic.program.groups import groups as find_groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import duplicates
+from laconic.solvers import duplicates, selection
 from laconic.solvers.channel_region import Region, Regions
 from laconic.solvers.compensate import compensate
 from laconic.solvers.duplicates import Constants, Plan
@@ -108,7 +108,7 @@ class _Job:
     def run(self) -> Outcome:
         """Passes over all groups until one changes nothing."""
         found = find_groups(self.work)
-        chosen = _selected(found, self.sites)
+        chosen = selection.chosen(found, self.sites)
         if not chosen:
             self.notes.append("no group of this program can shrink")
         while chosen and self._one_pass(found, chosen):
@@ -252,24 +252,6 @@ class _Job:
                         device=device, size=_BATCH)
             )  # fmt: skip
         return self._batches
-
-
-def _selected(found: Groups, sites: Sites) -> list[str]:
-    """Names of the groups that may shrink and are selected.
-
-    Raises:
-        RecipeError: only frozen groups match, or none at all.
-    """
-    free = [group.name for group in found]
-    chosen = [name for name in free if sites.match(name)]
-    frozen = [group for group in found.frozen if sites.match(group.name)]
-    if free and not chosen and frozen:
-        raise RecipeError(
-            f"sites {list(sites.patterns)} match only groups that cannot shrink",
-            where=frozen[0].name,
-            hint=str(frozen[0].frozen),
-        )
-    return chosen or sites.choose(free)
 
 
 def _constant(batch: Sequence[Tensor]) -> bool:
