@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, fx
 
 from laconic.core.errors import SurgeryError
 from laconic.program import axes, rewrites
+from laconic.program.axes import Atom
 from laconic.program.equations import Dims, Equations
 from laconic.program.groups import Groups
 from laconic.program.groups import groups as find_groups
@@ -39,30 +41,88 @@ def cut(
             afterwards (names the node).
     """
     groups = groups if groups is not None else find_groups(program)
-    kept = groups.kept(keep)
-    equations = groups.equations
-    if equations.program is not program:
-        raise SurgeryError("these groups belong to another program", hint="call groups(program)")
-    sizes = {atom: len(indices) for atom, indices in kept.items()}
+    kept = _kept(program, keep, groups)
     result = program.clone()
     nodes = dict(zip(program.graph.nodes, result.graph.nodes, strict=True))
-    changes: Changes = {}
-    for name, dims in equations.tensors.items():
-        tensor = program.tensor(name).detach()
-        for dim, term in enumerate(dims):
-            if axes.new_size(term, sizes) != term.size:
-                where = axes.positions(term, kept)
-                changes.setdefault(name, {})[dim] = where
-                tensor = tensor.index_select(dim, where.to(tensor.device))
-        if name in changes:
-            result.set_tensor(name, tensor)
-    step = rewrites.Cut(result, nodes.__getitem__, kept, sizes)
+    changes = _positions(groups.equations, kept)
+    for name, dims in changes.items():
+        result.set_tensor(name, sliced(program.tensor(name).detach(), dims))
+    _rewrite(
+        groups.equations, nodes, rewrites.Cut(result, nodes.__getitem__, kept, _sizes_of(kept))
+    )
+    return result, changes
+
+
+def cut_(
+    program: Program,
+    keep: Mapping[str, Tensor | Sequence[int]],
+    groups: Groups | None = None,
+) -> Changes:
+    """As `cut`, but in place: nodes and tensors stay the objects they are, so training goes on.
+
+    Gradients of the tensors that shrank are dropped; what an optimizer holds beside them has to be
+    cut with `sliced`. Values and modes are those of `program` as it is. Other Programs that share
+    its memory keep theirs.
+
+    Raises:
+        SurgeryError: as `cut`; where the graph does not fit afterwards, the program is spoilt.
+    """
+    groups = groups if groups is not None else find_groups(program)
+    kept = _kept(program, keep, groups)
+    nodes = {node: node for node in program.graph.nodes}
+    changes = _positions(groups.equations, kept)
+    for name, dims in changes.items():
+        tensor = program.tensor(name)
+        tensor.grad = None
+        tensor.data = sliced(tensor.detach(), dims)
+    _rewrite(
+        groups.equations, nodes, rewrites.Cut(program, nodes.__getitem__, kept, _sizes_of(kept))
+    )
+    return changes
+
+
+def sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """`tensor` with only the positions `kept` of some dimensions, in the memory layout it had."""
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous()
+    for dim, where in kept.items():
+        tensor = tensor.index_select(dim, where.to(tensor.device))
+    return tensor.contiguous(memory_format=torch.channels_last) if channels_last else tensor
+
+
+def _kept(
+    program: Program, keep: Mapping[str, Tensor | Sequence[int]], groups: Groups
+) -> dict[Atom, Tensor]:
+    if groups.equations.program is not program:
+        raise SurgeryError("these groups belong to another program", hint="call groups(program)")
+    return groups.kept(keep)
+
+
+def _sizes_of(kept: Mapping[Atom, Tensor]) -> dict[Atom, int]:
+    return {atom: len(indices) for atom, indices in kept.items()}
+
+
+def _positions(equations: Equations, kept: Mapping[Atom, Tensor]) -> Changes:
+    """Tensor → dimension → positions that stay, for dimensions that shrink."""
+    sizes = _sizes_of(kept)
+    return {
+        name: shrunk
+        for name, dims in equations.tensors.items()
+        if (
+            shrunk := {
+                dim: axes.positions(term, kept)
+                for dim, term in enumerate(dims)
+                if axes.new_size(term, sizes) != term.size
+            }
+        )
+    }
+
+
+def _rewrite(equations: Equations, nodes: Mapping[fx.Node, fx.Node], step: rewrites.Cut) -> None:
     for rewrite in equations.rewrites:
         rewrite.apply(step)
-    result.recompile()
-    result.propagate()
+    step.program.recompile()
+    step.program.propagate()
     _check(equations, nodes, step)
-    return result, changes
 
 
 def _check(equations: Equations, nodes: Mapping[fx.Node, fx.Node], step: rewrites.Cut) -> None:
