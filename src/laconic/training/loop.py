@@ -22,6 +22,7 @@ from laconic.core.progress import SILENT, Bar, Progress
 from laconic.core.task import Loader
 from laconic.program.program import Program
 from laconic.training import checkpoint
+from laconic.training.attendant import Attendant
 from laconic.training.feed import Feed, forked, mixed, seed_all
 from laconic.training.interrupts import Interrupt, deferred
 from laconic.training.normalization import MergedStatistics
@@ -65,6 +66,8 @@ class Job:
             the settled plan's precision.
         folder: where the state is kept; None keeps none.
         identity: what run this is; a state on disk is taken up only by the same one.
+        attendant: takes part in the run.
+        start: steps of the plan that are taken as done: rate, data and marks begin there.
     """
 
     program: Program
@@ -78,6 +81,8 @@ class Job:
     progress: Progress = SILENT
     folder: Path | None = None
     identity: str = ""
+    attendant: Attendant = field(default_factory=Attendant)
+    start: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +151,7 @@ class _Run:
         self.parameters = [tensor for _, tensor in trained]
         self.optimizer = build(self.plan, self.parameters)
         self.state = State(job.program, self.optimizer, dict(trained), self.plan.ema)
+        self.state.step = self.state.best_step = job.start
         self.processes.same_([tensor for _, tensor in job.program.tensors()])
         self.forward: Forward = job.program.run_flat
         if self.plan.compile:
@@ -156,17 +162,22 @@ class _Run:
 
     def run(self) -> Trained:
         """All steps that are left, then the best state."""
-        if self._resume():
+        resumed = self._resume()
+        if self.state.step:
             self.feed.skip(self.state.step * self.batches)
-        else:
+        if not resumed:
             first = self._evaluate() if self.job.score else None
-            if first is not None:
-                self.state.judge(first)
-                self.state.evaluations.append((0, None, first))
             self.plan = self.plan.of_steps(self._steps())
+            self._attend()
+            if first is not None:
+                self._judged(None, first)
         self._go()
         self._save(final=True)
         return self._finish()
+
+    def _attend(self) -> None:
+        self.state.attendant = self.job.attendant
+        self.state.attendant.begin(self.job.program, self.plan)
 
     # length -------------------------------------------------------------------------------
 
@@ -250,8 +261,10 @@ class _Run:
         self._merge(sums, merged)
         mean = float(sums[0] / sums[1])
         if math.isfinite(mean):
+            self.state.attendant.before(self.state.step + 1)
             clip(self.parameters, self.plan.clip)
             self.optimizer.step()
+            self.state.attendant.after(self.state.step + 1, self.optimizer)
         return mean, bool(sums[2])
 
     def _merge(self, sums: Tensor, merged: MergedStatistics | None) -> None:
@@ -275,8 +288,7 @@ class _Run:
         score = self._evaluate() if self.job.score else None
         loss = sum(self.recent) / max(1, len(self.recent))
         self.recent.clear()
-        self.state.evaluations.append((self.state.step, loss, score))
-        self.state.judge(score)
+        self._judged(loss, score)
         if self.plan.patience is not None and self.state.worse >= self.plan.patience:
             self.state.ended = True
             self.notes.append(
@@ -284,10 +296,15 @@ class _Run:
                 f"{self.state.worse} evaluations without a better one"
             )
 
+    def _judged(self, loss: float | None, score: float | None) -> None:
+        self.state.evaluations.append((self.state.step, loss, score))
+        if self.state.attendant.judged(self.state.step):
+            self.state.judge(score)
+
     def _diverged(self, loss: float) -> None:
         self.state.ended = True
         place = f"step {self.state.step + 1} of {self.plan.steps}"
-        if self.state.best_step == 0:
+        if self.state.best_step == self.job.start:
             raise TrainingError(
                 f"the loss became {loss} at {place}, before any state worth keeping",
                 where="training",
@@ -346,13 +363,15 @@ class _Run:
         self.plan = Plan.model_validate(about["plan"])
         self.recent = list(about["recent"])
         self.notes = list(about["notes"])
+        self._attend()
+        self.state.attendant.restore(found.part("attendant"))
         self.state.seconds = about["seconds"]
         self.job.progress.say(f"training goes on at step {self.state.step} of {self.plan.steps}")
         return True
 
     def _finish(self) -> Trained:
         self.state.take_best()
-        if self.state.best_step == 0:
+        if self.state.best_step == self.job.start:
             self.notes.append("no state was better than the one training began with, which is kept")
         return Trained(
             plan=self.plan,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laconic.program.program import Program
+from laconic.training.attendant import Attendant
 from laconic.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 
 
@@ -23,6 +24,7 @@ class State:
         ended: whether to stop before the last step.
         evaluations: (step, mean loss since the last one, score).
         seconds: time spent in earlier sessions.
+        attendant: whoever takes part in the run, once its length is known.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class State:
         self.ended = False
         self.evaluations: list[tuple[int, float | None, float | None]] = []
         self.seconds = 0.0
+        self.attendant = Attendant()
 
     def _copies(self) -> dict[str, Tensor]:
         return {name: t.detach().clone() for name, t in self._program.tensors()}
@@ -64,6 +67,7 @@ class State:
                 self._mean[name].lerp_(tensor.detach(), 1 - self._decay)
             else:
                 self._mean[name].copy_(tensor)
+        self.attendant.project(self._mean)
 
     @contextmanager
     def averaged(self) -> Generator[None, None, None]:
@@ -111,6 +115,7 @@ class State:
             "optimizer": optimizer_tensors(self._optimizer, self._names),
             "mean": self._mean,
             "best": self._best,
+            "attendant": self.attendant.tensors(),
         }
         tensors = {f"{part}/{k}": t for part, held in parts.items() for k, t in held.items()}
         state = {
