@@ -8,6 +8,7 @@ from torch import Tensor
 from laconic.training.plan import Plan
 
 _FUSED = ("cpu", "cuda")
+_SCALES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")  # move nothing by themselves
 
 
 def build(plan: Plan, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
@@ -35,3 +36,20 @@ def clip(parameters: Sequence[Tensor], largest: float | None) -> None:
     """Scale gradients down to a norm of `largest`; None leaves them."""
     if largest is not None:
         torch.nn.utils.clip_grad_norm_(list(parameters), largest)
+
+
+def forget(optimizer: torch.optim.Optimizer, parameter: Tensor, gone: Tensor) -> None:
+    """Make an optimizer that has moved weights stop moving those that were pruned since.
+
+    A gradient of zero holds a pruned weight only where there is no momentum from before.
+
+    Args:
+        optimizer: its moving averages of gradients become zero where `gone` is True; those of
+            squares stay, they only scale.
+        parameter: one of its tensors.
+        gone: bool of the parameter's shape: the weights that are zero from now on.
+    """
+    held = optimizer.state.get(parameter, {})
+    for key, value in held.items():
+        if key not in _SCALES and isinstance(value, Tensor) and value.shape == parameter.shape:
+            value.masked_fill_(gone, 0.0)

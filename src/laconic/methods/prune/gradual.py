@@ -1,0 +1,129 @@
+"""Gradual pruning: weights become zero step by step while the others learn to do without them.
+
+Idea: sparsity rises along a curve during training, fast at first. Every few steps the masks are
+chosen anew, by the weights' magnitude or by where training moves them, so that a choice which turns
+out wrong can be taken back: a masked weight goes on learning unseen, or rests, or grows again where
+the gradient is large. Once the sparsity is reached the masks stay, and the rest of the training
+belongs to what is left. The training is that of `distill.logits`: towards the original, or labels.
+
+Papers: cubic schedule, Zhu & Gupta 2017 (arXiv 1710.01878): `masked: rest`; hidden weights that
+learn, Lin et al. 2020 (arXiv 2006.07253): `masked: learn`; movement, Sanh et al. 2020 (arXiv
+2005.07683): `score: movement, masked: rest`; growing by gradient, Evci et al. 2020 (arXiv
+1911.11134), on a schedule as in Liu et al. 2021 (arXiv 2106.10404): `masked: gone, regrow: 0.3`.
+
+Helps: files, above about 80 % sparsity, where one cut of all weights costs more than training
+brings back. Movement is for fine-tuning on a task other than the one the weights come from.
+Does not: zeros make bytes, not milliseconds: dense runtimes multiply by them as by anything else.
+Short trainings: below a few hundred steps `prune.obs` or `prune.magnitude` and `distill.logits`
+behind it do as well. Few samples.
+
+Cost: that of the training; masks add a selection over the weights each time they change.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from laconic.methods.base import Context, Method, Outcome
+from laconic.program.program import Program
+from laconic.program.sites import Sites
+from laconic.solvers.learning import Course, Learning, trainable
+from laconic.solvers.moving_masks import MovingMasks, Rule
+from laconic.solvers.weight_masks import Amount, Keep, Pruning, Scope
+
+BYTES = "zeros make the file smaller; dense runtimes are not faster for them"
+
+
+class Gradual(Learning, Method):
+    """Options of `prune.gradual`; see `Learning` and `Plan` for those of the training.
+
+    Sites are the weights that are pruned; all float parameters are trained.
+
+    Attributes:
+        ratio: part of the chosen weights that is zero in the end.
+        scope: "tensor": `ratio` holds for every tensor; "global": for all of them together.
+        score: what stays: the largest "magnitude", or "movement", the weights that training moves
+            away from zero.
+        masked: what becomes of masked weights until the masks are final: they "learn" unseen and
+            come back when they have outgrown others, "rest" and come back when others fall below
+            them, or are "gone".
+        regrow: with `masked: gone`: part of the weights that changes places each time, from the
+            lowest scores to the largest gradients; falls to 0 towards the end.
+        begin: part of the steps after which sparsity begins to rise.
+        end: part of the steps after which it has risen.
+        every: steps between two changes of the masks; None makes about a hundred changes.
+        curve: how it rises: "cubic" (fast, then slow) or "linear".
+    """
+
+    trains: ClassVar[bool] = True
+    quick: ClassVar[Mapping[str, Any]] = {"steps": 4}
+
+    ratio: float = Field(default=0.8, ge=0, lt=1)
+    scope: Scope = "global"
+    score: Literal["magnitude", "movement"] = "magnitude"
+    masked: Literal["learn", "rest", "gone"] = "learn"
+    regrow: float = Field(default=0.0, ge=0, lt=1)
+    begin: float = Field(default=0.0, ge=0, lt=1)
+    end: float = Field(default=0.75, gt=0, le=1)
+    every: int | None = Field(default=None, ge=1)
+    curve: Literal["cubic", "linear"] = "cubic"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.regrow and self.masked != "gone":
+            raise ValueError(f"regrow {self.regrow} is for masked: gone, not {self.masked}")
+        if self.begin >= self.end:
+            raise ValueError(f"begin {self.begin} is not before end {self.end}")
+        return self
+
+    def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
+        """Train a copy while its weights become zero.
+
+        Raises:
+            RecipeError: sites that match nothing.
+            DataError: no training data, or data that do not fit.
+            TrainingError: the loss diverged before the sparsity was reached.
+        """
+        work = Pruning(program, sites, context.device)
+        if not work.names:
+            return Outcome(program=work.finish(), notes=work.notes, figures=work.figures)
+        student, pruned = work.program, [n for n in work.names if n in work.program.sparse]
+        student.sparse -= set(work.names)  # the masks say what is held while they move
+        course = Course(
+            task=context.task,
+            original=context.original,
+            seed=context.seed,
+            device=context.device,
+            progress=context.progress,
+            folder=context.workdir,
+        )
+        masks = MovingMasks(work.names, self._rule(), functools.partial(_kept, self.scope), pruned)
+        names = trainable(student, Sites())
+        learned = self.learn(program, student.train(), names, course, attendant=masks)
+        student.sparse |= set(work.names)
+        made = work.finish()
+        return Outcome(
+            program=made,
+            resolved={**self.model_dump(mode="json", exclude_defaults=True), **learned.resolved},
+            notes=[*work.notes, *learned.notes, BYTES],
+            figures={**learned.figures, **work.figures},
+        )
+
+    def _rule(self) -> Rule:
+        return Rule(
+            ratio=self.ratio,
+            score=self.score,
+            masked=self.masked,
+            regrow=self.regrow,
+            begin=self.begin,
+            end=self.end,
+            every=self.every,
+            curve=self.curve,
+        )
+
+
+def _kept(scope: Scope, scores: Mapping[str, Tensor], ratio: float) -> Keep:
+    return Amount(ratio=ratio, scope=scope).kept(scores)
