@@ -1,5 +1,6 @@
 """What the loop promises: repeatable, resumable, keeps the best, says what went wrong."""
 
+import dataclasses
 import os
 import signal
 
@@ -12,7 +13,9 @@ from laconic.training import checkpoint
 from laconic.training.loop import Loss, train
 from laconic.training.plan import Plan
 
-PLAN = Plan(steps=7, lr=0.05, optimizer="sgd", precision="fp32", evaluations=3, save_every=0)
+PLAN = Plan(
+    steps=7, lr=0.05, optimizer="sgd", precision="fp32", evaluations=3, save_every=0, dropout=True
+)
 
 
 def equal(left, right):
@@ -218,6 +221,21 @@ def test_layout_mode_and_flags_are_as_before(sample, program, task):
     assert all(t.is_contiguous() for _, t in job.program.tensors())
     x = task.train[0][0]
     assert torch.equal(job.program(x), job.program(x))  # dropout is off
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+def test_dropout_is_off_unless_asked_for(sample, program, task, dropout):
+    job = sample.make_job(program, task, PLAN.model_copy(update={"dropout": dropout}))
+    same, objective = [], job.objective
+
+    def twice(forward, batch, number):
+        first, second = forward(batch[0])[0], forward(batch[0])[0]
+        same.append(torch.equal(first, second))
+        return objective(forward, batch, number)
+
+    train(dataclasses.replace(job, objective=twice))
+    assert same == [not dropout] * PLAN.steps
+    assert job.program.dropout  # a switch of the run only
 
 
 def test_vectors_do_not_decay(sample, program, task):

@@ -48,7 +48,10 @@ class Program(nn.Module):
         lost: what capturing in eval mode could not keep, in words.
         sparse: tensors whose zeros are pruned weights and stay zeros in training: their gradients
             there are zero. The pattern is the stored zeros themselves.
+        dropout: whether `train()` switches dropout on; a switch of this object, not kept.
     """
+
+    dropout: bool = True
 
     def __init__(
         self,
@@ -138,8 +141,9 @@ class Program(nn.Module):
             position = _TRAINING_ARGUMENT.get(node.target) if node.op == "call_function" else None
             if position == 5 and node.args[3] is None:
                 continue  # a norm without running statistics: the same in both modes
-            if position is not None and node.args[position] != training:
-                node.update_arg(position, training)
+            wanted = training and (self.dropout or position == 5)
+            if position is not None and node.args[position] != wanted:
+                node.update_arg(position, wanted)
                 changed = True
         if changed:
             self._run = None

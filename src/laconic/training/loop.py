@@ -120,6 +120,8 @@ def train(job: Job) -> Trained:
     with ExitStack() as stack:
         stack.enter_context(forked(job.device))
         interrupt = stack.enter_context(deferred())
+        job.program.dropout = job.plan.dropout
+        stack.callback(setattr, job.program, "dropout", True)
         job.program.to(job.device).train()
         channels_last = wants_channels_last(job.program)
         if channels_last:

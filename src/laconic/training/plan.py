@@ -37,6 +37,8 @@ class Plan(BaseModel):
         clip: largest norm of the gradient; None does not clip.
         precision: "bf16" runs convolutions and matrix products in bfloat16 and keeps the weights
             in float32; "auto" takes it where the hardware computes in it.
+        dropout: keep the network's dropout while it trains. Off: a network that was made smaller
+            and learns from the original is short of capacity, not of noise.
         ema: decay of a running mean of the weights that is evaluated and kept instead of them.
         accumulate: batches that make one step, in all processes together; None takes one for each
             process. The result does not depend on the number of processes, only on this.
@@ -59,6 +61,7 @@ class Plan(BaseModel):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     clip: float | None = Field(default=5.0, gt=0)
     precision: Precision = "auto"
+    dropout: bool = False
     ema: float | None = Field(default=None, gt=0, lt=1)
     accumulate: int | None = Field(default=None, ge=1)
     evaluations: int = Field(default=6, ge=1)
