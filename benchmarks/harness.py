@@ -50,7 +50,7 @@ class Bench:
         add = self.parser.add_argument
         add("--only", action="append", default=[], metavar="ROW", help="compute this row (again)")
         add("--quick", action="store_true", help="a small form of every row, stored apart")
-        add("--fresh", action="store_true", help="forget the stored rows first")
+        add("--fresh", action="store_true", help="forget all stored rows first; with --only those alone")
         add("--results", type=Path, default=RESULTS, metavar="DIR", help="where results are kept")
         self.args = argparse.Namespace()
         self._started = time.perf_counter()
@@ -92,10 +92,9 @@ class Bench:
         A row that `--only` excludes returns what is stored, or `{}`.
         """
         self._asked.append(name)
-        result = self.stored() if not self.args.fresh or len(self._asked) > 1 else None
-        if result is None:
-            result = {"benchmark": self.name, "rows": {}}
-            self._write(result)
+        if self.args.fresh and not self.args.only and len(self._asked) == 1:
+            self._write({"benchmark": self.name, "rows": {}})
+        result = self.stored()
         settings = portable(settings)
         found = result["rows"].get(name)
         named = name in self.args.only

@@ -38,7 +38,7 @@ def test_other_settings_or_only_or_fresh_compute_again(tmp_path):
     assert bench(tmp_path).row("one", compute, depth=4) == {"n": 2}
     assert bench(tmp_path, "--only", "one").row("one", compute, depth=4) == {"n": 3}
     assert bench(tmp_path, "--fresh").row("one", compute, depth=4) == {"n": 4}
-    assert bench(tmp_path, "--only", "two").row("one", compute, depth=9) == {"n": 4}
+    assert bench(tmp_path, "--only", "two", "--fresh").row("one", compute, depth=9) == {"n": 4}
 
 
 def test_interrupted_run_keeps_finished_rows(tmp_path):
