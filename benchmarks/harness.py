@@ -50,7 +50,7 @@ class Bench:
         add = self.parser.add_argument
         add("--only", action="append", default=[], metavar="ROW", help="compute this row (again)")
         add("--quick", action="store_true", help="a small form of every row, stored apart")
-        add("--fresh", action="store_true", help="forget all stored rows first; with --only those alone")
+        add("--fresh", action="store_true", help="forget the stored rows first")
         add("--results", type=Path, default=RESULTS, metavar="DIR", help="where results are kept")
         self.args = argparse.Namespace()
         self._started = time.perf_counter()
