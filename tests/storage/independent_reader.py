@@ -30,7 +30,7 @@ def read(path, document):
     """
     raw = Path(path).read_bytes()
     magic, version, coding, zero, stored, size, crc, data = struct.unpack_from("<8sHBBIIIQ", raw)
-    assert magic == b"\x93LACONIC" and version == 1 and zero == 0
+    assert magic == b"\x93LACONIC" and version in (1, 2) and zero == 0
     assert len(raw) == 64 + stored + data + 4 * -(-data // 16384)
     assert hashlib.sha256(raw[:32] + raw[64:]).digest() == raw[32:64]
     packed = raw[64 : 64 + stored]
@@ -77,9 +77,11 @@ def decode(data, dtype, shape):
     elif coding == 4:
         flat = np.frombuffer(zlib.decompress(body), np.uint8)
         out = join_planes(flat.reshape(width, count), dtype)
-    else:
-        assert coding == 5
+    elif coding == 5:
         out = context(body, dtype, shape)
+    else:
+        assert coding == 6
+        out = sparse(body, dtype, shape)
     assert len(out) == count * width
     return out
 
@@ -98,6 +100,14 @@ def join_planes(split, dtype):
 
 
 def planes(body, count, width):
+    ans, finish = planes_before_the_stream(body, count, width)
+    split = finish()
+    ans.finish()
+    return split
+
+
+def planes_before_the_stream(body, count, width):
+    """The stream, and what reads the coded planes from it when their turn comes."""
     at, kinds, split = 0, [], []
     for _ in range(width):
         kind = body[at]
@@ -110,12 +120,38 @@ def planes(body, count, width):
         else:
             split.append([values[0]] * count)
     ans = Ans(body[at:])
-    for plane, (kind, values) in enumerate(kinds):
-        if kind == 2:
-            low, high = values
-            split[plane] = [low + s for s in adaptive(ans, count, high - low + 1)]
+
+    def finish():
+        for plane, (kind, values) in enumerate(kinds):
+            if kind == 2:
+                low, high = values
+                split[plane] = [low + s for s in adaptive(ans, count, high - low + 1)]
+        return split
+
+    return ans, finish
+
+
+def sparse(body, dtype, shape):
+    order, group, count = struct.unpack_from("<BBI", body)
+    width, total = WIDTH[dtype], math.prod(shape)
+    ans, finish = planes_before_the_stream(body[6:], count, width)
+    symbols = adaptive(ans, -(-total // group), 1 << group)
+    bits = [symbol >> k & 1 for symbol in symbols for k in range(group)]
+    assert not any(bits[total:]) and sum(bits) == count
+    places = np.arange(total).reshape(shape)
+    places = np.moveaxis(places, 1, -1).ravel() if order else places.ravel()
+    filled = sorted(int(place) for place, bit in zip(places, bits, strict=False) if bit)
+    words = [int.from_bytes(bytes(column), "little") for column in zip(*finish(), strict=True)]
     ans.finish()
-    return split
+    bits_of_word = 8 * width
+    out = bytearray(total * width)
+    for place, word in zip(filled, words, strict=True):
+        if dtype in ROTATED:
+            word = word >> 1 | (word & 1) << bits_of_word - 1
+        elif dtype.startswith("int"):
+            word = (word >> 1 ^ -(word & 1)) % (1 << bits_of_word)
+        out[place * width : (place + 1) * width] = word.to_bytes(width, "little")
+    return bytes(out)
 
 
 class Ans:

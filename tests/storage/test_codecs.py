@@ -116,7 +116,7 @@ def test_what_cannot_be_stored_is_named():
 
 
 @pytest.mark.parametrize("size", [1 << 20, 1 << 33, 1 << 60])
-@pytest.mark.parametrize("coding", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("coding", [1, 2, 3, 4, 5, 6])
 def test_a_bomb_is_refused_before_anything_is_allocated(coding, size):
     with pytest.raises(StorageError, match="bomb"):
         check_size(100, coding, size)
@@ -132,6 +132,7 @@ def test_damaged_bytes_are_an_error_or_another_tensor(coding, rng):
         Coding.DEFLATE: torch.tensor([7, 1, 200, 90], dtype=torch.uint8).repeat(100, 5),
         Coding.DEFLATE_PLANES: torch.arange(4000),
         Coding.CONTEXT: torch.from_numpy((rng.standard_normal((40, 40)) * 9).astype(np.int8)),
+        Coding.SPARSE: torch.randn(40, 40) * (torch.rand(40, 40) < 0.2),
     }
     tensor = samples[coding]
     data = encode(tensor)

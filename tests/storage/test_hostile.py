@@ -67,7 +67,7 @@ def test_something_behind_the_end_and_other_files(file, tmp_path):
     refused(file, raw + b"x", "behind its end")
     refused(file, b"", "not a .laconic file")
     refused(file, b"PK\3\4" + raw[4:], "not a .laconic file")
-    refused(file, raw[:8] + b"\2" + raw[9:], "version 2")
+    refused(file, raw[:8] + b"\3" + raw[9:], "version 3")
 
 
 def test_forged_data_with_right_hashes(file, sealed, rng):

@@ -97,6 +97,13 @@ def test_every_coding_and_dtype(reader, tmp_path, rng):
         "scalar": torch.tensor(0.1, dtype=torch.float64),
         "raw": torch.from_numpy(rng.integers(0, 256, 50).astype(np.uint8)),
     }
+    dropped = torch.from_numpy(rng.random((12, 8, 3, 3)) < 0.7)
+    by_four = torch.from_numpy(rng.permuted(np.tile([0, 0, 1, 1], (12, 2, 3, 3, 1)), axis=-1))
+    for dtype in (torch.float32, torch.float16, torch.int16, torch.int8, torch.uint8):
+        values = (torch.randn(12, 8, 3, 3) * 9).to(dtype)
+        tensors[f"sparse {dtype}"] = values.masked_fill(dropped, 0)
+        pattern = by_four.movedim(-1, 2).reshape(12, 8, 3, 3)
+        tensors[f"two of four {dtype}"] = values * pattern.to(dtype)
     for name, dtype in codecs.DTYPES.items():
         if dtype.is_floating_point or dtype.is_complex:
             tensors[name] = (torch.randn(60, 20) * 0.02).to(dtype)

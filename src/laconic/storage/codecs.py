@@ -1,14 +1,13 @@
 """One tensor to bytes and back, without loss; the shortest of several codings is kept.
 
-Floats are rotated left by one bit, which makes the exponent a byte of its own, and split into
-byte planes: exponents are very predictable, mantissas are not (Hershcovitch et al., "ZipNN",
-arXiv 2411.05239; Zhang et al., "DFloat11", arXiv 2504.11651). Integer codes of two or more
-dimensions go through `context`.
+Floats go through `planes`, integer codes of two or more dimensions through `context`, whatever has
+many zeros through `sparse`.
 """
 
 import math
 import sys
 import zlib
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
@@ -17,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from laconic.core.errors import StorageError
-from laconic.storage import adaptive, ans, context
+from laconic.storage import ans, context, planes, sparse
 from laconic.storage.limits import CODER_EXPANSION, DEFLATE_EXPANSION, plausible
+from laconic.storage.planes import Bytes, expect
 from laconic.storage.tables import ALPHABET
-
-Bytes = NDArray[np.uint8]
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -32,9 +30,7 @@ DTYPES: dict[str, torch.dtype] = {
         torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
     )
 }  # fmt: skip
-_ROTATED = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 _CODED = {torch.int64: 8, torch.int32: 4, torch.int16: 2, torch.int8: 1, torch.uint8: 1}
-_RAW_PLANE, _CONSTANT_PLANE, _CODED_PLANE = 0, 1, 2
 _SMALL = 1 << 18
 _SAMPLE = 1 << 16
 
@@ -48,6 +44,7 @@ class Coding(IntEnum):
     DEFLATE = 3
     DEFLATE_PLANES = 4
     CONTEXT = 5
+    SPARSE = 6
 
 
 def encode(tensor: Tensor, axis: int = 0) -> bytes:
@@ -72,8 +69,8 @@ def encode(tensor: Tensor, axis: int = 0) -> bytes:
     if bool((raw == raw[0]).all()) and plausible(raw.size, 1 + raw.shape[1], DEFLATE_EXPANSION):
         return bytes([Coding.CONSTANT]) + raw[0].tobytes()
     best = bytes([Coding.RAW]) + raw.tobytes()
-    split = _rotate(raw, plain.dtype, 1).T
-    candidates = [_planes(split), *_contexts(plain, axis)]
+    split = planes.rotate(raw, plain.dtype, 1).T
+    candidates = [_planes(split), *_contexts(plain, axis), *_sparse(raw, plain)]
     allowed = [c for c in candidates if plausible(raw.size, len(c), CODER_EXPANSION)]
     best = min([best, *allowed], key=len)
     for coding, data in ((Coding.DEFLATE, raw), (Coding.DEFLATE_PLANES, split)):
@@ -89,27 +86,34 @@ def decode(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """
     n, width = math.prod(shape), dtype.itemsize
     if n == 0:
-        _expect(len(data) == 0, "bytes for a tensor without elements")
+        expect(len(data) == 0, "bytes for a tensor without elements")
         return torch.empty(shape, dtype=dtype)
     coding, body = _coding(data), data[1:]
     if coding == Coding.CONSTANT:
-        _expect(len(body) == width, f"{len(body)} bytes for one element of {width}")
+        expect(len(body) == width, f"{len(body)} bytes for one element of {width}")
         raw = np.tile(np.frombuffer(body, np.uint8), (n, 1))
     elif coding == Coding.CONTEXT:
         raw = _decode_context(body, dtype, shape)
     elif coding == Coding.PLANES:
-        raw = _rotate(np.ascontiguousarray(_decode_planes(body, n, width).T), dtype, -1)
+        raw = planes.rotate(np.ascontiguousarray(_decode_planes(body, n, width).T), dtype, -1)
+    elif coding == Coding.SPARSE:
+        raw = planes.unfold(sparse.decode(body, shape, width), dtype)
     else:
         packed = coding != Coding.RAW
         flat = np.frombuffer(
             inflate(body, n * width, "the deflated tensor") if packed else body, np.uint8
         ).copy()
-        _expect(flat.size == n * width, f"found {flat.size} bytes, expected {n * width}")
+        expect(flat.size == n * width, f"found {flat.size} bytes, expected {n * width}")
         raw = flat.reshape(n, width)
         if coding == Coding.DEFLATE_PLANES:
-            raw = _rotate(np.ascontiguousarray(flat.reshape(width, n).T), dtype, -1)
-    _expect(dtype != torch.bool or int(raw.max()) <= 1, "a truth value that is neither 0 nor 1")
+            raw = planes.rotate(np.ascontiguousarray(flat.reshape(width, n).T), dtype, -1)
+    expect(dtype != torch.bool or int(raw.max()) <= 1, "a truth value that is neither 0 nor 1")
     return _from_bytes(raw, dtype).reshape(shape)
+
+
+def version(data: Iterable[bytes]) -> int:
+    """The lowest format version whose readers know the codings of these tensors' data."""
+    return max((2 if part[:1] == bytes([Coding.SPARSE]) else 1 for part in data), default=1)
 
 
 def check_size(data_bytes: int, first_byte: int, decoded: int) -> None:
@@ -120,23 +124,18 @@ def check_size(data_bytes: int, first_byte: int, decoded: int) -> None:
     """
     coding = _coding(bytes([first_byte]))
     if coding == Coding.RAW:
-        _expect(data_bytes == decoded + 1, f"{data_bytes} bytes for {decoded} uncoded ones")
+        expect(data_bytes == decoded + 1, f"{data_bytes} bytes for {decoded} uncoded ones")
         return
-    coder = coding in (Coding.PLANES, Coding.CONTEXT)
-    _expect(
+    coder = coding in (Coding.PLANES, Coding.CONTEXT, Coding.SPARSE)
+    expect(
         plausible(decoded, data_bytes, CODER_EXPANSION if coder else DEFLATE_EXPANSION),
         f"{data_bytes} bytes claim to hold {decoded}: a decompression bomb",
     )
 
 
-def _expect(good: bool, message: str) -> None:
-    if not good:
-        raise StorageError(message)
-
-
 def _coding(data: bytes) -> Coding:
-    _expect(len(data) > 0, "no bytes for a tensor with elements")
-    _expect(data[0] <= max(Coding), f"unknown coding {data[0]}")
+    expect(len(data) > 0, "no bytes for a tensor with elements")
+    expect(data[0] <= max(Coding), f"unknown coding {data[0]}")
     return Coding(data[0])
 
 
@@ -161,70 +160,23 @@ def _little_endian(raw: Bytes, dtype: torch.dtype) -> Bytes:
     return np.ascontiguousarray(split[:, :, ::-1]).reshape(raw.shape)
 
 
-def _rotate(raw: Bytes, dtype: torch.dtype, by: int) -> Bytes:
-    """Floats rotated by one bit, left (1) or right (-1); other dtypes as they are."""
-    if dtype not in _ROTATED:
-        return raw
-    width = dtype.itemsize
-    bits = width * 8
-    words = np.ascontiguousarray(raw).view(f"<u{width}")
-    left = 1 if by > 0 else bits - 1
-    right = bits - left
-    kind = words.dtype.type
-    return ((words << kind(left)) | (words >> kind(right))).view(np.uint8).reshape(raw.shape)
-
-
 def _planes(split: Bytes) -> bytes:
-    """Byte planes `[width, elements]`, each uncoded, constant or adaptively coded."""
-    head, uncoded, encoder = bytearray(), bytearray(), ans.Encoder()
-    for plane in split:
-        low, high = int(plane.min()), int(plane.max())
-        if low == high:
-            head += bytes([_CONSTANT_PLANE, low])
-        elif _saves(plane):
-            head += bytes([_CODED_PLANE, low, high])
-            adaptive.code(encoder, plane.astype(np.int32) - low, high - low + 1)
-        else:
-            head += bytes([_RAW_PLANE])
-            uncoded += plane.tobytes()
-    return bytes([Coding.PLANES]) + bytes(head + uncoded) + encoder.finish()
-
-
-def _saves(plane: Bytes) -> bool:
-    """Whether coding is likely to save at least half a percent and its two bytes."""
-    counts = np.bincount(plane, minlength=256).astype(np.float64)
-    counts = counts[counts > 0]
-    bits = float((counts * np.log2(plane.size / counts)).sum())
-    learning = len(counts) * 0.5 * math.log2(plane.size + 1)
-    return bits + learning + 16 < 0.995 * 8 * plane.size
+    encoder = ans.Encoder()
+    head = planes.encode(split, encoder)
+    return bytes([Coding.PLANES]) + head + encoder.finish()
 
 
 def _decode_planes(body: bytes, n: int, width: int) -> Bytes:
-    kinds: list[tuple[int, int, int]] = []
-    at = 0
-    for _ in range(width):
-        kind = body[at] if at < len(body) else 255
-        _expect(kind <= _CODED_PLANE, "the head of the byte planes is damaged")
-        values = body[at + 1 : at + 1 + kind]
-        _expect(len(values) == kind, "the head of the byte planes is cut off")
-        low, high = (values[0], values[-1]) if values else (0, 0)
-        _expect(kind != _CODED_PLANE or low < high, "a coded plane of one value")
-        kinds.append((kind, low, high))
-        at += 1 + kind
-    planes = np.empty((width, n), np.uint8)
-    for plane, (kind, low, _) in zip(planes, kinds, strict=True):
-        if kind == _RAW_PLANE:
-            _expect(len(body) >= at + n, "an uncoded byte plane is cut off")
-            plane[:] = np.frombuffer(body, np.uint8, n, at)
-            at += n
-        elif kind == _CONSTANT_PLANE:
-            plane[:] = low
-    decoder = ans.Decoder(body[at:])
-    for plane, (kind, low, high) in zip(planes, kinds, strict=True):
-        if kind == _CODED_PLANE:
-            plane[:] = adaptive.code(decoder, np.zeros(n, np.int32), high - low + 1) + low
+    reader = planes.Reader(body, n, width)
+    decoder = ans.Decoder(reader.rest)
+    split = reader.finish(decoder)
     decoder.finish()
-    return planes
+    return split
+
+
+def _sparse(raw: Bytes, tensor: Tensor) -> list[bytes]:
+    body = sparse.encode(planes.fold(raw, tensor.dtype), tuple(tensor.shape))
+    return [bytes([Coding.SPARSE]) + body] if body else []
 
 
 def _contexts(tensor: Tensor, axis: int) -> list[bytes]:
@@ -269,7 +221,7 @@ def _decode_context(body: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> 
         raise StorageError(f"coded integers for a tensor of {dtype} and shape {list(shape)}")
     head = context.Head.unpack(body, len(shape))
     info = torch.iinfo(dtype)
-    _expect(info.min <= head.low and head.high <= info.max, f"codes beyond {dtype}: {head}")
+    expect(info.min <= head.low and head.high <= info.max, f"codes beyond {dtype}: {head}")
     decoder = ans.Decoder(body[context.Head.SIZE :])
     codes = context.decode(decoder, shape, head)
     decoder.finish()

@@ -16,7 +16,7 @@ from laconic.storage import header
 from laconic.storage.limits import Limits
 
 MAGIC = b"\x93LACONIC"
-VERSION = 1
+VERSIONS = (1, 2)
 CHUNK = 1 << 14
 PRELUDE = struct.Struct("<8sHBxIIIQ32s")
 _UNHASHED = 32
@@ -52,12 +52,13 @@ class Layout:
         return self.start + self.data + _CHECKSUM * self.chunks
 
 
-def assemble(content: dict[str, Any], data: Sequence[bytes]) -> list[bytes]:
+def assemble(content: dict[str, Any], data: Sequence[bytes], version: int = 1) -> list[bytes]:
     """The parts of a file, in order.
 
     Args:
         content: the header.
         data: the tensors' bytes in the order of the header.
+        version: of the format: the lowest that has all there is in the file.
     """
     coding, stored, size = header.pack(content)
     body = b"".join(data)
@@ -65,7 +66,7 @@ def assemble(content: dict[str, Any], data: Sequence[bytes]) -> list[bytes]:
         struct.pack("<I", zlib.crc32(body[at : at + CHUNK])) for at in range(0, len(body), CHUNK)
     )
     prelude = PRELUDE.pack(
-        MAGIC, VERSION, coding, len(stored), size, zlib.crc32(stored), len(body), bytes(32)
+        MAGIC, version, coding, len(stored), size, zlib.crc32(stored), len(body), bytes(32)
     )[:_UNHASHED]
     digest = hashlib.sha256()
     for part in (prelude, stored, body, checksums):
@@ -137,9 +138,9 @@ def read_prelude(file: BinaryIO, limits: Limits) -> tuple[dict[str, Any], Layout
     if len(raw) < PRELUDE.size:
         raise _truncated(length, f"at least {PRELUDE.size}")
     _, version, coding, stored, size, checksum, data, _ = PRELUDE.unpack(raw)
-    if version != VERSION:
+    if version not in VERSIONS:
         raise StorageError(
-            f"is of format version {version}, this Laconic reads version {VERSION}",
+            f"is of format version {version}, this Laconic reads 1 to {VERSIONS[-1]}",
             hint="open it with the version of Laconic that wrote it",
         )
     layout = Layout(stored, data)

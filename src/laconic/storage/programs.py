@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from laconic.core.errors import LaconicError, StorageError
 from laconic.program.program import COMBINE, DEQUANTIZE, LOOKUP, Program
 from laconic.program.signature import Signature
-from laconic.storage import container, directory, graphs, shapes
+from laconic.storage import codecs, container, directory, graphs, shapes
 from laconic.storage.directory import Entry
 from laconic.storage.limits import DEFLATE_EXPANSION, Limits
 
@@ -67,7 +67,7 @@ def save(
             disk that is full; the earlier file is then untouched.
     """
     content, data = _compose(program, extra)
-    return container.write(Path(path), container.assemble(content, data))
+    return container.write(Path(path), container.assemble(content, data, codecs.version(data)))
 
 
 def predict(program: Program, *, extra: Mapping[str, Json] | None = None) -> SizeReport:
@@ -77,7 +77,7 @@ def predict(program: Program, *, extra: Mapping[str, Json] | None = None) -> Siz
         StorageError: as `save`.
     """
     content, data = _compose(program, extra)
-    total = sum(len(part) for part in container.assemble(content, data))
+    total = sum(len(part) for part in container.assemble(content, data, codecs.version(data)))
     sizes = {row[0]: len(part) for row, part in zip(content["tensors"], data, strict=True)}
     return SizeReport(sizes, total - sum(sizes.values()), total)
 
