@@ -46,3 +46,13 @@ class _Silent:
 
 
 SILENT = Progress()
+
+
+def clock(seconds: float) -> str:
+    """Time for people.
+
+    >>> clock(95), clock(12)
+    ('1:35', '0:12')
+    """
+    whole = max(0, round(seconds))
+    return f"{whole // 60}:{whole % 60:02d}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from laconic.program.program import Program
+from laconic.program.surgery import Changes
 from laconic.training.plan import Plan
 
 
@@ -25,6 +26,15 @@ class Attendant:
     def after(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         """The optimizer has moved the tensors."""
 
+    def cut(self, step: int) -> Changes:
+        """Make the program itself smaller (`surgery.cut_`); what was cut, nothing by default.
+
+        The optimizer's moments and the running mean are cut with it, and what the run was before
+        is not kept as its result. Comes after `after`.
+        """
+        del step
+        return {}
+
     def project(self, tensors: Mapping[str, Tensor]) -> None:
         """Bring a running mean of the program's tensors to where the tensors themselves may be."""
 
@@ -35,6 +45,14 @@ class Attendant:
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Everything that a run which goes on needs."""
+        return {}
+
+    def reshape(self, tensors: Mapping[str, Tensor]) -> Changes:
+        """Cut the program as it was when `tensors` were taken; its values are loaded next.
+
+        Comes between `begin` and `restore`.
+        """
+        del tensors
         return {}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

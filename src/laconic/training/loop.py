@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from laconic.core.errors import RecipeError, StorageError, TrainingError
-from laconic.core.progress import SILENT, Bar, Progress
+from laconic.core.progress import SILENT, Bar, Progress, clock
 from laconic.core.task import Loader
 from laconic.program.program import Program
 from laconic.training import checkpoint
@@ -155,12 +155,14 @@ class _Run:
         self.state = State(job.program, self.optimizer, dict(trained), self.plan.ema)
         self.state.step = self.state.best_step = job.start
         self.processes.same_([tensor for _, tensor in job.program.tensors()])
-        self.forward: Forward = job.program.run_flat
-        if self.plan.compile:
-            self.forward = torch.compile(job.program.as_graph_module())
+        self.forward = self._forward()
         self.notes: list[str] = []
         self.recent: list[float] = []  # losses since the last evaluation
         self.started = self.saved = time.perf_counter()
+
+    def _forward(self) -> Forward:
+        program = self.job.program
+        return torch.compile(program.as_graph_module()) if self.plan.compile else program.run_flat
 
     def run(self) -> Trained:
         """All steps that are left, then the best state."""
@@ -233,12 +235,21 @@ class _Run:
                     self._diverged(loss)
                     return
                 self.recent.append(loss)
-                self.state.moved()
+                self._moved()
                 if self.state.step in marks:
                     self._judge()
                 each = (time.perf_counter() - began) / (self.state.step - first)
                 self._show(bar, loss, each * (steps - self.state.step))
                 self._keep(stop)
+
+    def _moved(self) -> None:
+        """A step is done; the attendant may make the program smaller before anything else."""
+        changes = self.state.attendant.cut(self.state.step + 1)
+        self.state.follow(changes)
+        self.state.moved()
+        if changes:
+            self.state.restart()
+            self.forward = self._forward()
 
     def _step(self, batches: Sequence[Any], base: int, rate: float) -> tuple[float, bool]:
         """One move of the optimizer: (mean loss, whether somebody asked to stop)."""
@@ -319,7 +330,7 @@ class _Run:
     def _show(self, bar: Bar, loss: float, left: float) -> None:
         score = self.state.best_score
         best = "" if score is None else f", best {score:.4g}"
-        bar.advance(1, f"loss {loss:.4f}{best}, {_clock(left)} left")
+        bar.advance(1, f"loss {loss:.4f}{best}, {clock(left)} left")
 
     def _keep(self, stop: bool) -> None:
         if stop:
@@ -361,12 +372,15 @@ class _Run:
             )
         if found is None:
             return False
+        self.plan = Plan.model_validate(found.state["plan"])
+        self._attend()
+        along = found.part("attendant")
+        self.state.follow(self.state.attendant.reshape(along))
+        self.forward = self._forward()
         about = self.state.restore(found)
-        self.plan = Plan.model_validate(about["plan"])
+        self.state.attendant.restore(along)
         self.recent = list(about["recent"])
         self.notes = list(about["notes"])
-        self._attend()
-        self.state.attendant.restore(found.part("attendant"))
         self.state.seconds = about["seconds"]
         self.job.progress.say(f"training goes on at step {self.state.step} of {self.plan.steps}")
         return True
@@ -383,13 +397,3 @@ class _Run:
             seconds=self.state.seconds + time.perf_counter() - self.started,
             notes=self.notes,
         )
-
-
-def _clock(seconds: float) -> str:
-    """Time for people.
-
-    >>> _clock(95), _clock(12)
-    ('1:35', '0:12')
-    """
-    whole = max(0, round(seconds))
-    return f"{whole // 60}:{whole % 60:02d}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from laconic.program.program import Program
+from laconic.program.surgery import Changes, sliced
 from laconic.training.attendant import Attendant
 from laconic.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 
@@ -98,6 +99,24 @@ class State:
         self._best = dict(self._mean) if self._decay is not None else self._copies()
         if self._decay is not None:
             self._best = {name: t.clone() for name, t in self._best.items()}
+
+    def restart(self) -> None:
+        """What the program was before is not wanted any more; this state is the best so far."""
+        self.best_score, self._best = None, {}
+        self.judge(None)
+
+    def follow(self, changes: Changes) -> None:
+        """Cut what lies beside the program's tensors as they were cut: moments, running mean."""
+        for name, dims in changes.items():
+            tensor = self._program.tensor(name)
+            held = self._optimizer.state.get(tensor, {})
+            for key, value in held.items():
+                if isinstance(value, Tensor) and value.ndim == tensor.ndim:
+                    held[key] = sliced(value, dims)
+            if name in self._mean:
+                self._mean[name] = sliced(self._mean[name], dims)
+        for name, tensor in self._program.tensors() if self._mean else ():
+            self._mean.setdefault(name, tensor.detach().clone())  # constants that a cut wrote out
 
     def take_best(self) -> None:
         """Load the best state into the Program."""
