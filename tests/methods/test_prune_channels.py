@@ -206,6 +206,55 @@ def test_each_round_goes_on_where_the_last_one_stopped():
         assert max(kept) < groups(program).find(name).size
 
 
+# Milliseconds -------------------------------------------------------------------------------
+
+
+class Timed(PruneChannels):
+    """With a clock that is a formula: a nanosecond a multiply-add, and a call."""
+
+    def timer(self, context):
+        return lambda programs: {n: 0.001 + 1e-6 * cost(p).macs for n, p in programs.items()}
+
+
+class Untimed(PruneChannels):
+    """Fails when it is asked to measure."""
+
+    def timer(self, context):
+        def refuse(programs):
+            raise AssertionError("a replay measures nothing")
+
+        return refuse
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_measured_milliseconds_fall_by_the_ratio_and_a_replay_measures_nothing(rounds):
+    program, context = setting("resnet")
+    options = {"ratio": 0.4, "of": "ms", "importance": "l1", "rounds": rounds, "samples": 16}
+    first = Timed(block=1, **options).apply(program, Sites(), context)
+    whole, fast = first.figures["latency"]["milliseconds"]
+    assert whole == pytest.approx(0.001 + 1e-6 * cost(program).macs, abs=1e-6)
+    assert fast == pytest.approx(0.001 + 1e-6 * cost(first.program).macs, abs=1e-6)
+    assert 0.4 <= 1 - fast / whole < 0.5
+    again = Untimed(**first.resolved).apply(program, Sites(), context)
+    for (name, one), (_, two) in zip(first.program.tensors(), again.program.tensors(), strict=True):
+        assert torch.equal(one, two), name
+    assert "latency" not in again.figures
+
+
+def test_milliseconds_come_from_the_runtime_of_the_context():
+    layers = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    program = capture(layers.eval(), torch.randn(2, 3, 64, 64))
+    context = Context(task=own_outputs(program), original=program, runtime="openvino", threads=1)
+    options = {"of": "ms", "importance": "l1", **PLAIN, "block": 16, "limit": 0.5}
+    outcome = PruneChannels(ratio=0.01, **options).apply(program, Sites(), context)
+    held = outcome.figures["latency"]
+    assert (held["runtime"], held["threads"], held["batch"]) == ("openvino", 1, 1)
+    whole, fast = held["milliseconds"]
+    assert 0 < fast <= 0.99 * whole  # of two to four times less work
+    assert [kind["sizes"] for kind in held["table"]] == [[[32, 48, 64]], [[32, 48, 64]]]
+    assert outcome.figures["kept"]["0.out"][1] in (32, 48)
+
+
 # Bad input ----------------------------------------------------------------------------------
 
 
@@ -219,6 +268,7 @@ def test_each_round_goes_on_where_the_last_one_stopped():
         ({"block": 0}, "below 1"),
         ({"rounds": 0}, "greater than or equal to 1"),
         ({"of": "flops"}, "macs"),
+        ({"ratio": {"a": 0.5}, "of": "ms"}, "of: channels"),
     ],
 )
 def test_bad_options_are_refused(options, words):
@@ -230,6 +280,14 @@ def test_an_impossible_ratio_says_how_far_it_can_go_and_what_is_in_the_way():
     with pytest.raises(BudgetError, match=r"at most.*99\.0%") as caught:
         run("resnet", ratio=0.99, importance="l1", **PLAIN)
     assert caught.value.where
+
+
+def test_impossible_milliseconds_say_how_far_they_can_fall():
+    program, context = setting("resnet")
+    method = Timed(ratio=0.999, of="ms", importance="l1", **PLAIN)
+    with pytest.raises(BudgetError, match=r"latency can fall by .*% at most.*99\.9%") as caught:
+        method.apply(program, Sites(), context)
+    assert caught.value.where in {group.name for group in groups(program)}
 
 
 def test_sites_that_match_nothing_or_only_frozen_groups():

@@ -5,7 +5,8 @@ the one that does least harm for what it saves: with convex curves (each group's
 by its lower convex hull for the comparison) that is the Lagrangian solution of the multiple-choice
 knapsack, exact up to one step (Shoham & Gersho 1988; for networks: SPDY, Frantar & Alistarh 2022).
 Costs are evaluated anew at every step, because a group's channels get cheaper as its neighbours
-shrink. A last pass gives back what the final step took too much.
+shrink. Where a cost has plateaus (measured milliseconds) a step may be as long as pays best. A last
+pass gives back what the final step took too much.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from laconic.program.cost import CostModel
 from laconic.program.groups import Group
 from laconic.solvers.elimination import Removal
 
-Of = Literal["channels", "macs", "parameters"]
+Of = Literal["channels", "macs", "parameters", "ms"]
 Scope = Literal["global", "layer"]
 Sizes = NDArray[np.int64]
 _STEPS = 64  # a group shrinks in at most so many steps
@@ -58,7 +59,7 @@ def choice(group: Group, removal: Removal | None, *, block: int = 1, floor: int 
     step = unit * max(1, round(group.size / unit / _STEPS))
     counts = [group.size]
     if removal is not None:
-        below = (group.size - 1) // unit * unit
+        below = (group.size - 1) // step * step  # multiples of the step, so that round parts hit
         counts += [count for count in range(below, 0, -step) if count >= floor]
     kept = np.array(counts, dtype=np.int64)
     if removal is None:
@@ -75,7 +76,14 @@ def index_block(group: Group, block: int) -> int:
 
 
 class Costs:
-    """A cost as a function of the sizes of some groups; the other groups keep theirs."""
+    """A cost as a function of the sizes of some groups; the other groups keep theirs.
+
+    Attributes:
+        full: the groups' sizes.
+        uneven: whether it may have plateaus: steps that save nothing, before one that does.
+    """
+
+    uneven = False
 
     def __init__(self, model: CostModel, of: Of, names: Sequence[str]) -> None:
         self._model, self._of = model, of
@@ -112,8 +120,9 @@ def allocate(
     """
     lowest = np.array([c.counts[-1] for c in choices], dtype=np.int64)
     if not choices or int(costs.of(lowest)[0]) > target:
-        raise BudgetError(**_in_the_way(choices, costs, lowest, target))
-    places = _global(choices, costs, target) if scope == "global" else _even(choices, costs, target)
+        raise BudgetError(**_too_low(choices, costs, lowest, target))
+    solve = _even if scope == "layer" else _by_jumps if costs.uneven else _global
+    places = solve(choices, costs, target)
     return {c.name: int(c.counts[place]) for c, place in zip(choices, places, strict=True)}
 
 
@@ -135,6 +144,29 @@ def _global(choices: Sequence[Choice], costs: Costs, target: float) -> list[int]
         best = open_[int(rate.argmin())]
         places[best] += 1
         sizes[best] = choices[best].counts[places[best]]
+        cost = int(costs.of(sizes)[0])
+    _give_back(choices, costs, target, places, sizes)
+    return places
+
+
+def _by_jumps(choices: Sequence[Choice], costs: Costs, target: float) -> list[int]:
+    """The same for a cost with plateaus: every smaller size of a group is the end of a step."""
+    places = [0] * len(choices)
+    harms = [np.minimum(c.harm, 1e300) for c in choices]
+    sizes = costs.full.copy()
+    cost = int(costs.of(sizes)[0])
+    while cost > target:
+        ends = [(i, p) for i, c in enumerate(choices) for p in range(places[i] + 1, len(c.counts))]
+        rows = np.repeat(sizes[None], len(ends), axis=0)
+        for row, (i, place) in enumerate(ends):
+            rows[row, i] = choices[i].counts[place]
+        saved = cost - costs.of(rows)
+        harm = np.array([harms[i][place] - harms[i][places[i]] for i, place in ends])
+        pays = saved > 0
+        rate = np.where(pays, harm / np.maximum(saved, 1), harm if not pays.any() else np.inf)
+        best, place = ends[int(rate.argmin())]
+        places[best] = place
+        sizes[best] = choices[best].counts[place]
         cost = int(costs.of(sizes)[0])
     _give_back(choices, costs, target, places, sizes)
     return places
@@ -202,12 +234,23 @@ def _even(choices: Sequence[Choice], costs: Costs, target: float) -> list[int]:
     return at(parts[low])
 
 
-def _in_the_way(
+def _too_low(
     choices: Sequence[Choice], costs: Costs, lowest: Sizes, target: float
 ) -> dict[str, Any]:
     if not choices:
         return {"message": "no group can shrink", "hint": "select other sites"}
     full, least = int(costs.of(costs.full)[0]), int(costs.of(lowest)[0])
+    message = (
+        f"cost can fall by {1 - least / full:.1%} at most, from {full:,} to {least:,}, "
+        f"but {1 - target / full:.1%} was asked for"
+    )
+    return {"message": message, **in_the_way(choices, costs)}
+
+
+def in_the_way(choices: Sequence[Choice], costs: Costs) -> dict[str, str]:
+    """Which group holds most of the cost when all are at their smallest: `where` and `hint`."""
+    lowest = np.array([c.counts[-1] for c in choices], dtype=np.int64)
+    least = int(costs.of(lowest)[0])
 
     def held(i: int) -> int:
         one = lowest.copy()
@@ -215,11 +258,8 @@ def _in_the_way(
         return least - int(costs.of(one)[0])
 
     worst = max(range(len(choices)), key=held)
-    name, size = choices[worst].name, int(lowest[worst])
     return {
-        "message": f"cost can fall by {1 - least / full:.1%} at most, from {full:,} to {least:,}, "
-        f"but {1 - target / full:.1%} was asked for",
-        "where": name,
-        "hint": f"this group holds most of what is left and may not go below {size} of "
+        "where": choices[worst].name,
+        "hint": f"this group holds most of what is left and may not go below {lowest[worst]} of "
         f"{choices[worst].size}: ask for less, raise `limit`, lower `block`, or select more sites",
     }

@@ -8,26 +8,21 @@ decide the speed and the block is 1.
 """
 
 import functools
-import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import nn
 
 from laconic.core.progress import SILENT, Progress
-from laconic.measuring.latency import Plan, compare
 from laconic.program.capture import capture
 from laconic.program.groups import groups
+from laconic.program.program import Program
 from laconic.program.surgery import cut
-from laconic.runtimes import get
-from laconic.runtimes.base import fixed_shapes
+from laconic.solvers.stopwatch import Stopwatch
 
 WIDTH = 64
 STEPS = (1, 2, 4, 8, 16)
 _DEPTH, _SIDE = 6, 16
-_PLAN = Plan(rounds=7, seconds=0.02, calls=5, rest=0.005, repeats=7)
 
 Times = Mapping[int, float]
 
@@ -58,20 +53,14 @@ def measured(runtime: str, threads: int | None, progress: Progress = SILENT) -> 
     Raises:
         ExportError, MissingExtra: the runtime cannot be used here.
     """
-    engine = get(runtime)
     whole = capture(_chain(), torch.zeros(2, WIDTH, _SIDE, _SIDE))
     inner = groups(whole)
-    batch = [np.zeros((1, WIDTH, _SIDE, _SIDE), dtype=np.float32)]
-    calls: dict[str, Callable[[], object]] = {}
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for width in (WIDTH, *(WIDTH - step for step in STEPS)):
-            program, _ = cut(whole, {group.name: list(range(width)) for group in inner}, inner)
-            path = engine.write(program, Path(folder) / f"probe{width}{engine.suffix}")
-            runner = engine.load(path, threads=threads, shapes=fixed_shapes(program, 1))
-            calls[str(width)] = lambda runner=runner: runner.run(batch)
-        found = compare(calls, plan=_PLAN, progress=progress)
-    # the fastest turn: others on the machine only ever make a turn slower
-    return {int(name): held.low or held.value for name, held in found.latency.items()}
+    cuts: dict[str, Program] = {}
+    for width in (WIDTH, *(WIDTH - step for step in STEPS)):
+        keep = {group.name: list(range(width)) for group in inner}
+        cuts[str(width)] = cut(whole, keep, inner)[0]
+    found = Stopwatch(runtime, threads, progress)(cuts)
+    return {int(name): milliseconds for name, milliseconds in found.items()}
 
 
 @functools.cache

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from laconic.core import registry
-from laconic.core.errors import RecipeError
+from laconic.core.errors import BudgetError, RecipeError
 from laconic.program.cost import CostModel
-from laconic.program.groups import Groups
+from laconic.program.groups import Group, Groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.allocate import Costs, Of, Scope, allocate, choice
+from laconic.program.surgery import cut
+from laconic.solvers.allocate import Choice, Costs, Of, Scope, allocate, choice
+from laconic.solvers.elimination import Removal
 from laconic.solvers.importance.base import Importance, Scene
+from laconic.solvers.latency_budget import Goal
 
 Keep = dict[str, Tensor]
 NARROW = 4  # a block that was not asked for leaves every group at least so many choices
@@ -47,7 +50,7 @@ class Wish:
         names: the groups that may shrink.
         ratio: part of the cost that is to go, 0 to 1.
         of: the cost: "channels" counts the indices of these groups, "macs" and "parameters" are
-            those of the whole program.
+            those of the whole program, "ms" is its measured latency.
         importance: name of a score.
         scope: "global" or "layer".
         block: kept channels are to be a multiple of it.
@@ -79,7 +82,12 @@ def load(name: str) -> Importance:
 
 
 def select(
-    scene: Scene, found: Groups, wishes: Sequence[Wish], rounds: int, shrink: Shrink
+    scene: Scene,
+    found: Groups,
+    wishes: Sequence[Wish],
+    rounds: int,
+    shrink: Shrink,
+    latency: Goal | None = None,
 ) -> Keep:
     """Group name → kept indices of the program in `scene`, ascending; groups kept whole left out.
 
@@ -89,60 +97,100 @@ def select(
         wishes: what goes from where; no group in two of them.
         rounds: in how many steps; each is scored on what the steps before have left.
         shrink: makes the program (and its groups) that keeps certain indices, compensated.
+        latency: what measures; needed by a wish of "ms".
 
     Raises:
         BudgetError: a wish that cannot be met.
     """
     sizes = {group.name: group.size for group in found}
-    full = {wish.names: _full_cost(scene.program, found, wish) for wish in wishes}
+    full = {wish.names: _costs(scene.program, found, wish) for wish in wishes}
     keep: Keep = {}
     for number in range(1, rounds + 1):
         for wish in wishes:
-            goal = 1 - (1 - wish.ratio) ** (number / rounds)
-            target = full[wish.names] * (1 - goal)
-            keep |= _one_round(scene, found, wish, target, keep, sizes)
+            part = (1 - wish.ratio) ** (number / rounds)
+            keep |= _Round(scene, found, wish, sizes, part, full[wish.names], latency).keep(keep)
         if number < rounds:
             program, found = shrink(keep)
             scene = replace(scene, program=program)
     return {name: kept for name, kept in keep.items() if len(kept) < sizes[name]}
 
 
-def _full_cost(program: Program, found: Groups, wish: Wish) -> int:
-    costs = Costs(CostModel(program, found), wish.of, wish.names)
-    return int(costs.of(costs.full)[0])
+def _costs(program: Program, found: Groups, wish: Wish) -> Costs | None:
+    """Costs that are counted; None for those that have to be measured."""
+    if wish.of == "ms":
+        return None
+    return Costs(CostModel(program, found), wish.of, wish.names)
 
 
-def _one_round(
-    scene: Scene,
-    found: Groups,
-    wish: Wish,
-    target: float,
-    keep: Mapping[str, Tensor],
-    sizes: Mapping[str, int],
-) -> Keep:
-    """Indices of the original program that are kept when this wish's cost is at most `target`."""
-    chosen = [found.find(name) for name in wish.names]
-    costs = Costs(CostModel(scene.program, found), wish.of, wish.names)
-    if int(costs.of(costs.full)[0]) <= target:
-        return {}
-    removals = load(wish.importance).removals(replace(scene, groups=chosen))
-    choices = [
-        choice(
-            group,
-            removals.get(group.name),
-            block=_block(sizes[group.name], wish),
-            floor=max(ceil(sizes[group.name] * (1 - wish.limit) - 1e-9), 1),
+@dataclass(frozen=True)
+class _Round:
+    """One wish in one round.
+
+    Attributes:
+        sizes: of the groups of the original program.
+        part: of the original cost that may stay.
+        full: the original costs, None for latency.
+        latency: what measures it.
+    """
+
+    scene: Scene
+    found: Groups
+    wish: Wish
+    sizes: Mapping[str, int]
+    part: float
+    full: Costs | None
+    latency: Goal | None
+
+    def keep(self, before: Mapping[str, Tensor]) -> Keep:
+        """Indices of the original program that are kept when this wish's cost is met."""
+        chosen = [self.found.find(name) for name in self.wish.names]
+        costs = _costs(self.scene.program, self.found, self.wish)
+        whole = int(self.full.of(self.full.full)[0]) if self.full else 0
+        target = whole * (self.part + 1e-9)  # 0.2 of 400 is 80, not 79.99
+        if costs is not None and int(costs.of(costs.full)[0]) <= target:
+            return {}
+        removals = load(self.wish.importance).removals(replace(self.scene, groups=chosen))
+        choices = [self._choice(group, removals.get(group.name)) for group in chosen]
+        if costs is not None:
+            counts = allocate(choices, costs, target, scope=self.wish.scope)
+        else:
+            counts = self._measured(choices, removals)
+        return {
+            name: before.get(name, torch.arange(self.sizes[name]))[kept]
+            for name, kept in self._kept(removals, counts).items()
+        }
+
+    def _choice(self, group: Group, removal: Removal | None) -> Choice:
+        size = self.sizes[group.name]
+        floor = max(ceil(size * (1 - self.wish.limit) - 1e-9), 1)
+        return choice(group, removal, block=_block(size, self.wish), floor=floor)
+
+    def _kept(self, removals: Mapping[str, Removal], counts: Mapping[str, int]) -> Keep:
+        """Indices of this round's program."""
+        return {
+            name: removals[name].kept(counts[name])
+            for name in self.wish.names
+            if name in removals and counts[name] < self.found.find(name).size
+        }
+
+    def _measured(
+        self, choices: Sequence[Choice], removals: Mapping[str, Removal]
+    ) -> dict[str, int]:
+        if self.latency is None:
+            raise BudgetError("latency is measured, but nothing was given that measures it")
+
+        def cutter(counts: Mapping[str, int]) -> Program:
+            kept = self._kept(removals, counts)
+            return cut(self.scene.program, kept, self.found)[0] if kept else self.scene.program
+
+        return self.latency.sizes(
+            self.found,
+            choices,
+            self.part,
+            cutter,
+            scope=self.wish.scope,
+            progress=self.scene.progress,
         )
-        for group in chosen
-    ]
-    counts = allocate(choices, costs, target, scope=wish.scope)
-    made: Keep = {}
-    for group in chosen:
-        before = keep.get(group.name, torch.arange(sizes[group.name]))
-        removal = removals.get(group.name)
-        if removal is not None and counts[group.name] < group.size:
-            made[group.name] = before[removal.kept(counts[group.name])]
-    return made
 
 
 def _block(size: int, wish: Wish) -> int:
