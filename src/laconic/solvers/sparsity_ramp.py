@@ -65,8 +65,8 @@ class Ramp:
         """Sparsity after `step` steps.
 
         >>> ramp = Ramp(0.0, 0.8, 10, 30, 5)
-        >>> [round(ramp.at(step), 3) for step in (0, 10, 15, 20, 30, 40)]
-        [0.0, 0.0, 0.462, 0.7, 0.8, 0.8]
+        >>> [round(ramp.at(step), 2) for step in (0, 10, 15, 20, 30, 40)]
+        [0.0, 0.0, 0.46, 0.7, 0.8, 0.8]
         """
         left = 1.0 - self.done(step)
         if left == 0.0:

@@ -22,6 +22,7 @@ from laconic.statistics.layers import Layer, layers
 
 Keep = dict[str, Tensor]
 Scope = Literal["tensor", "global"]
+BYTES = "zeros make the file smaller; dense runtimes are not faster for them"
 
 
 class Amount(BaseModel):

@@ -32,9 +32,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.learning import Course, Learning, trainable
 from laconic.solvers.moving_masks import MovingMasks, Rule
-from laconic.solvers.weight_masks import Amount, Keep, Pruning, Scope
-
-BYTES = "zeros make the file smaller; dense runtimes are not faster for them"
+from laconic.solvers.weight_masks import BYTES, Amount, Keep, Pruning, Scope
 
 
 class Gradual(Learning, Method):
