@@ -50,6 +50,8 @@ TORCH_PRUNING = ("taylor", "l2", "l1", "fpgm", "bn_scale", "lamp", "hessian")
 class Job:
     """The original, its data and its task."""
 
+    samples = CALIBRATION
+
     def __init__(self, args: Namespace, bench: Bench) -> None:
         self.args, self.bench, self.quick = args, bench, args.quick
         default = data_folder() / "resnet_cifar10" / f"resnet{args.depth}.safetensors"
@@ -86,7 +88,7 @@ class Job:
     @cached_property
     def calibration(self) -> list[tuple[Tensor, ...]]:
         """Unlabelled, augmented training images: the network knows the plain ones by heart."""
-        count = 128 if self.quick else CALIBRATION
+        count = 128 if self.quick else self.samples
         images = Augmented(cifar10("train")[:count], min(count, 256), seed=1)
         return [(pixels,) for pixels, _ in images]
 
