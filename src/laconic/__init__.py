@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from laconic.api import capture as capture
     from laconic.api import compress as compress
     from laconic.api import load as load
+    from laconic.api import members as members
     from laconic.api import save as save
     from laconic.core.budget import Budget as Budget
     from laconic.core.errors import LaconicError as LaconicError
@@ -38,6 +39,7 @@ _HOME = {
     "capture": "api",
     "compress": "api",
     "load": "api",
+    "members": "api",
     "save": "api",
     "Budget": "core.budget",
     "LaconicError": "core.errors",

@@ -17,6 +17,7 @@ from laconic.planning.compress import compress as _compress
 from laconic.program.capture import Dynamic
 from laconic.program.capture import capture as capture
 from laconic.program.freezing import freeze
+from laconic.program.members import members as members
 from laconic.program.program import Program
 from laconic.reports import page
 

@@ -7,9 +7,9 @@ from torch import fx
 from laconic.engine.result import Layer
 from laconic.program.cost import NodeCost, cost
 from laconic.program.freezing import form_of
-from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
 
-_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, COMBINE)
+_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, *STORED)
 
 
 def layers(original: Program, compressed: Program) -> list[Layer]:
@@ -45,9 +45,13 @@ def form(program: Program, name: str) -> str:
     user = _form_user(program, name)
     if user is None:
         return f"dense {str(program.tensor(name).dtype).removeprefix('torch.')}"
-    if user.target in (LOOKUP, COMBINE):
-        values = next(reversed(form_of(program, name).tensors().values()))
-        return f"codebook of {values.shape[-1]}" if user.target is LOOKUP else "shared basis"
+    if user.target in STORED:
+        held = form_of(program, name)
+        count = next(reversed(held.tensors().values())).shape
+        words = {"codebook": f"codebook of {count[-1]}", "basis": "shared basis",
+                 "vectors": f"{count[0]} vectors of {count[-1]}",
+                 "hashed": f"{count[0]} hashed buckets"}  # fmt: skip
+        return words[held.kind]
     if user.target is DEQUANTIZE:
         return f"affine {8 * program.tensor(name).element_size()} bit"
     low, high = user.args[4:6]

@@ -8,13 +8,15 @@ from torch import Tensor, fx, nn
 from laconic.core.errors import SurgeryError
 from laconic.forms import affine
 from laconic.program.freezing import form_of
-from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
+from laconic.program.members import alone
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
 
 
 def write_back(program: Program, model: nn.Module) -> list[str]:
     """Copy a Program's values into `model`, in place; nothing is written if anything fails.
 
-    Weights behind a quantisation node are written as the values the Program computes with.
+    Weights behind a quantisation node are written as the values the Program computes with; of
+    several models that are stored together it is the chosen one.
 
     Returns:
         what the model cannot express, one sentence each (quantised activations).
@@ -22,6 +24,7 @@ def write_back(program: Program, model: nn.Module) -> list[str]:
     Raises:
         SurgeryError: a tensor is missing (folded away) or has another shape (pruned).
     """
+    program = alone(program)
     names = {program.aliases.get(name, name) for name, _ in program.tensors()}
     new: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -60,7 +63,7 @@ def values(program: Program, name: str) -> Tensor:
             if user.target is DEQUANTIZE and user.args[0] is node:
                 scale, zero_point = (_fetch(program, arg) for arg in user.args[1:3])
                 return affine.decode(tensor, scale, zero_point, _axis(user.args[3]))
-            if user.target in (LOOKUP, COMBINE) and user.args[0] is node:
+            if user.target in STORED and user.args[0] is node:
                 return form_of(program, name).decode()
             if user.target is FAKE_QUANTIZE and user.args[0] is node:
                 scale, zero_point = (_fetch(program, arg) for arg in user.args[1:3])

@@ -2,17 +2,20 @@
 
 `laconic::fake_quantize` works on a float tensor with a straight-through gradient;
 `laconic::dequantize` decodes stored integers. Both give the same numbers. `laconic::lookup` decodes
-a codebook, `laconic::combine` a shared basis; these two are the same in training and frozen: codes
-stay, values, coefficients and bases take gradients. All export, trace and deep-copy like any
-operator; exporters translate them to what their runtime calls the same thing, or to the tensor.
+a codebook, `laconic::combine` a shared basis, `laconic::vectors` a codebook of short vectors,
+`laconic::hashed` buckets; these are the same in training and frozen: codes stay, values,
+coefficients and bases take gradients. `laconic::member` picks one of several models that are stored
+together. All export, trace and deep-copy like any operator; exporters translate them to what their
+runtime calls the same thing, or to the tensor.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laconic.forms import affine, basis, codebook
+from laconic.forms import affine, basis, codebook, hashed, vectors
 
 
 @torch.library.custom_op("laconic::fake_quantize", mutates_args=())
@@ -139,7 +142,102 @@ def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 combine.register_autograd(_combine_backward, setup_context=_keep_both)
 
 
+@torch.library.custom_op("laconic::vectors", mutates_args=())
+def vectors_(codes: Tensor, values: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    """Decode runs of elements that are numbers of short vectors (see `forms.vectors`).
+
+    Gradient: of each vector the sum over the runs that point to it.
+    """
+    return vectors.decode(codes, values, shape, axis)
+
+
+@vectors_.register_fake
+def _(codes: Tensor, values: Tensor, shape: Sequence[int], axis: int) -> Tensor:
+    wrong = vectors.fits(codes, values, shape, axis)
+    if wrong:
+        raise ValueError(wrong)
+    return values.new_empty(list(shape))
+
+
+def _keep_runs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    codes, values, _, ctx.axis = inputs
+    ctx.save_for_backward(codes, values)
+
+
+def _vectors_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, values = ctx.saved_tensors
+    return None, vectors.gradient(grad, codes, values, ctx.axis), None, None
+
+
+vectors_.register_autograd(_vectors_backward, setup_context=_keep_runs)
+
+
+@torch.library.custom_op("laconic::hashed", mutates_args=())
+def hashed_(values: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    """Decode a tensor whose positions fall into buckets by a hash (see `forms.hashed`).
+
+    Gradient: of each bucket the signed sum over the positions that fall into it.
+    """
+    return hashed.decode(values, shape, seed)
+
+
+@hashed_.register_fake
+def _(values: Tensor, shape: Sequence[int], seed: int) -> Tensor:
+    wrong = hashed.fits(values, seed)
+    if wrong:
+        raise ValueError(wrong)
+    return values.new_empty(list(shape))
+
+
+def _keep_seed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    values, _, ctx.seed = inputs
+    ctx.buckets = values.numel()
+
+
+def _hashed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return hashed.gathered(grad, ctx.buckets, ctx.seed), None, None
+
+
+hashed_.register_autograd(_hashed_backward, setup_context=_keep_seed)
+
+
+def member(
+    rows: Tensor, base: Tensor | None, names: str, chosen: int, sizes: Sequence[int]
+) -> Tensor:
+    """The rows of model number `chosen`, added to what all share: a view where they share nothing.
+
+    `[sum of sizes, ...]` → `[sizes[chosen], ...]`; without `sizes` every model has one entry,
+    `[models, ...]` → `[...]`. `names`, separated by commas, says which models stand in `rows`.
+    """
+    count = names.count(",") + 1
+    expected = sum(sizes) if sizes else count
+    if rows.ndim < 1 or rows.shape[0] != expected or len(sizes) not in (0, count):
+        raise ValueError(f"rows of shape {list(rows.shape)} for {names} of sizes {list(sizes)}")
+    if not 0 <= chosen < count:
+        raise ValueError(f"model {chosen} of {count}")
+    if sizes:
+        own = rows.narrow(0, sum(sizes[:chosen]), sizes[chosen])
+    else:
+        own = rows.select(0, chosen)
+    if base is not None and base.shape != own.shape:
+        raise ValueError(f"a base of shape {list(base.shape)} for rows of {list(own.shape)}")
+    return own if base is None else base + own
+
+
+torch.library.define(
+    "laconic::member",
+    "(Tensor(a) rows, Tensor? base, str names, int chosen, int[] sizes) -> Tensor(a)",
+)
+torch.library.impl("laconic::member", "CompositeImplicitAutograd", member)
+
 FAKE_QUANTIZE = torch.ops.laconic.fake_quantize.default
 DEQUANTIZE = torch.ops.laconic.dequantize.default
 LOOKUP = torch.ops.laconic.lookup.default
 COMBINE = torch.ops.laconic.combine.default
+VECTORS = torch.ops.laconic.vectors.default
+HASHED = torch.ops.laconic.hashed.default
+MEMBER = torch.ops.laconic.member.default
+STORED = (LOOKUP, COMBINE, VECTORS, HASHED)
+"""What no runtime computes with: exported, it becomes the tensor it stands for."""

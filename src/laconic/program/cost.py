@@ -21,13 +21,21 @@ from laconic.program import axes
 from laconic.program.axes import Atom, Term
 from laconic.program.equations import Equations, operator_name
 from laconic.program.groups import Groups
-from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
+from laconic.program.program import (
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    LOOKUP,
+    MEMBER,
+    STORED,
+    VECTORS,
+    Program,
+)
 
 Monomials: TypeAlias = Counter[tuple[int, ...]]
 Integers: TypeAlias = NDArray[np.int64]
 
 
-_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, COMBINE)
+_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, MEMBER, *STORED)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def _is_weight(program: Program, name: str) -> bool:
     if isinstance(program.tensor(name), torch.nn.Parameter):
         return True
     return any(
-        user.target in (DEQUANTIZE, LOOKUP) and user.args[0] is node
+        user.target in (DEQUANTIZE, LOOKUP, VECTORS) and user.args[0] is node
         for node in program.graph.nodes
         if node.op == "get_attr" and node.target == name
         for user in node.users

@@ -1,10 +1,10 @@
 """Weights as integers and back: the two states of a form in a graph, equal bit for bit.
 
 Training, a quantised weight is a float master copy behind `laconic.fake_quantize`; frozen, it is
-the integer codes behind `laconic.dequantize`. Codebooks and shared bases have one state only and
-pass unchanged. The grid of a frozen weight stands in the node's
-`meta["grid"]` as `(qmin, qmax)`; where it is missing (an older file) the smallest signed grid that
-is symmetric and holds the codes is taken.
+the integer codes behind `laconic.dequantize`. What no runtime computes with (codebooks, shared
+bases, vectors, buckets) has one state only and passes unchanged. The grid of a frozen weight stands
+in the node's `meta["grid"]` as `(qmin, qmax)`; where it is missing (an older file) the smallest
+signed grid that is symmetric and holds the codes is taken.
 """
 
 from typing import Any
@@ -18,7 +18,20 @@ from laconic.forms.base import Form
 from laconic.forms.basis import Basis
 from laconic.forms.codebook import Codebook
 from laconic.forms.dense import Dense
-from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
+from laconic.forms.hashed import Hashed
+from laconic.forms.vectors import Vectors
+from laconic.program.program import (
+    COMBINE,
+    DEQUANTIZE,
+    FAKE_QUANTIZE,
+    HASHED,
+    LOOKUP,
+    STORED,
+    VECTORS,
+    Program,
+)
+
+_STORED: dict[Any, Any] = {LOOKUP: Codebook, COMBINE: Basis, VECTORS: Vectors, HASHED: Hashed}
 
 
 def freeze(program: Program) -> Program:
@@ -65,7 +78,8 @@ def is_frozen(program: Program) -> bool:
 def form_of(program: Program, name: str) -> Form:
     """How the tensor `name` is written down: the form of the node behind it, else dense.
 
-    A codebook is found by the name of its codes, a basis by that of its coefficients.
+    A codebook is found by the name of its codes, a basis by that of its coefficients, vectors by
+    that of their codes.
 
     Raises:
         SurgeryError: the program has no such tensor.
@@ -77,12 +91,13 @@ def form_of(program: Program, name: str) -> Form:
         if nodes and all(node.args[1:] == nodes[0].args[1:] for node in nodes):
             return _affine(program, nodes[0])
     for node in program.graph.nodes:
-        sources: Any = node.args[:2]
-        stored = node.target in (LOOKUP, COMBINE) and all(s.op == "get_attr" for s in sources)
-        if stored and str(sources[0].target) == name:
+        if node.target not in STORED:
+            continue
+        sources: Any = node.all_input_nodes
+        if all(s.op == "get_attr" for s in sources) and str(sources[0].target) == name:
             parts: Any = [program.tensor(str(s.target)).detach() for s in sources]
-            rest: Any = node.args[2:]
-            return Codebook(*parts, *rest) if node.target is LOOKUP else Basis(*parts)
+            rest: Any = node.args[len(parts) :]
+            return _STORED[node.target](*parts, *rest)
     return Dense(tensor.detach())
 
 

@@ -31,6 +31,10 @@ FAKE_QUANTIZE = _form_operators.FAKE_QUANTIZE
 DEQUANTIZE = _form_operators.DEQUANTIZE
 LOOKUP = _form_operators.LOOKUP
 COMBINE = _form_operators.COMBINE
+VECTORS = _form_operators.VECTORS
+HASHED = _form_operators.HASHED
+MEMBER = _form_operators.MEMBER
+STORED = _form_operators.STORED
 
 
 class Program(nn.Module):

@@ -13,23 +13,25 @@ from torch.export import Dim, ExportedProgram
 
 from laconic.core.errors import ExportError
 from laconic.forms import affine
-from laconic.program.program import COMBINE, DEQUANTIZE, FAKE_QUANTIZE, LOOKUP, Program
+from laconic.program.members import alone
+from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
 
 
 def lower_weights(program: Program) -> fx.GraphModule:
     """A flat eval-mode graph ready for a runtime.
 
     Every fake-quantised *weight* becomes codes and `dequantize`; codes and zero points of every
-    quantisation node get the 8-bit type their range asks for. Codebooks and shared bases, which no
-    runtime knows, become the tensors they stand for: exact, as large as before in the file.
+    quantisation node get the 8-bit type their range asks for. Codebooks and other forms that no
+    runtime knows become the tensors they stand for: exact, as large as before in the file. Of
+    several models that are stored together the chosen one is lowered.
     """
-    module = program.clone().as_graph_module()
+    module = alone(program).clone().as_graph_module()
     for node in list(module.graph.nodes):
         if node.op == "placeholder":
             node.target = node.name  # they differ where an argument is called like a builtin
         sources: Any = node.args[:3]
         stored = all(is_tensor(source) for source in sources)
-        if node.target in (LOOKUP, COMBINE):
+        if node.target in STORED:
             _decode(module, node)
             continue
         if node.target is FAKE_QUANTIZE and stored:
@@ -51,12 +53,14 @@ def lower_weights(program: Program) -> fx.GraphModule:
 
 def _decode(module: fx.GraphModule, node: fx.Node) -> None:
     """Replace a form that has no runtime by the tensor it stands for."""
-    sources: Any = node.args[:2]
+    sources: Any = node.all_input_nodes
     if not all(is_tensor(source) for source in sources):
         raise ExportError("codes are computed in the graph", where=node.name)
     target: Any = node.target
     with torch.no_grad(), module.graph.inserting_before(node):
-        value = target(*(fetch(module, source.target) for source in sources), *node.args[2:])
+        value = target(
+            *(fetch(module, source.target) for source in sources), *node.args[len(sources) :]
+        )
         made = attribute(module, f"{sources[0].target}_decoded", value)
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)

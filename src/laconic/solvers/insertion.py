@@ -6,7 +6,9 @@ from typing import Any
 from torch import Tensor, fx
 
 from laconic.forms.codebook import Codebook
-from laconic.program.program import COMBINE, FAKE_QUANTIZE, LOOKUP, Program
+from laconic.forms.hashed import Hashed
+from laconic.forms.vectors import Vectors
+from laconic.program.program import COMBINE, FAKE_QUANTIZE, HASHED, LOOKUP, MEMBER, VECTORS, Program
 from laconic.solvers.placement import Place, WeightSite
 from laconic.solvers.ranges import Grid
 
@@ -44,19 +46,61 @@ def insert_combine(program: Program, site: WeightSite, basis: str) -> fx.Node:
     return _behind(program, site, COMBINE, basis, ())
 
 
-def _behind(
-    program: Program, site: WeightSite, target: Any, side: str, rest: tuple[Any, ...]
+def insert_vectors(program: Program, site: WeightSite, side: str, form: Vectors) -> fx.Node:
+    """Put one node behind codes that stand in a weight's place; `side` is the stored vectors.
+
+    The program is changed; recompile it afterwards.
+    """
+    return _behind(program, site, VECTORS, side, (list(form.shape), form.axis))
+
+
+def insert_hashed(program: Program, site: WeightSite, form: Hashed) -> fx.Node:
+    """Put one node behind buckets that stand in a weight's place.
+
+    The program is changed; recompile it afterwards.
+    """
+    return _behind(program, site, HASHED, None, (list(form.shape), form.seed))
+
+
+def insert_member(
+    program: Program,
+    site: WeightSite,
+    base: str | None,
+    names: Sequence[str],
+    sizes: Sequence[int],
 ) -> fx.Node:
-    """A node that decodes the tensor in a weight's place with the tensor `side`."""
+    """Put one node behind the rows of several models; it picks those of the first.
+
+    The program is changed; recompile it afterwards.
+
+    Args:
+        program: its tensor of the site's name holds the rows already.
+        site: the tensor.
+        base: the stored tensor that is added to everybody's rows.
+        names: of the models, in the order of the rows.
+        sizes: how many rows each has; none where each has one entry.
+    """
+    made = _behind(program, site, MEMBER, base, (",".join(names), 0, list(sizes)))
+    if base is None:
+        made.args = (made.args[0], None, *made.args[1:])
+    return made
+
+
+def _behind(
+    program: Program, site: WeightSite, target: Any, side: str | None, rest: tuple[Any, ...]
+) -> fx.Node:
+    """A node that decodes the tensor in a weight's place, with the tensor `side` if there is."""
     first = _single(program, site)
-    users, other = list(first.users), program.tensor(side)
-    with program.graph.inserting_after(first):
-        held = program.graph.get_attr(side)
-    held.meta = {"origin": first.meta.get("origin", ""), "shape": tuple(other.shape)}
-    held.meta["dtype"] = other.dtype
+    users, parts = list(first.users), [first]
+    if side is not None:
+        other = program.tensor(side)
+        with program.graph.inserting_after(first):
+            parts.append(program.graph.get_attr(side))
+        parts[1].meta = {"origin": first.meta.get("origin", ""), "shape": tuple(other.shape)}
+        parts[1].meta["dtype"] = other.dtype
     name = str(target).split(".")[1]
-    with program.graph.inserting_after(held):
-        made = program.graph.create_node("call_function", target, (first, held, *rest), name=name)
+    with program.graph.inserting_after(parts[-1]):
+        made = program.graph.create_node("call_function", target, (*parts, *rest), name=name)
     made.meta = dict(first.meta)
     stored = program.tensor(site.name)
     first.meta |= {"shape": tuple(stored.shape), "dtype": stored.dtype}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import LaconicError, StorageError
-from laconic.program.program import COMBINE, DEQUANTIZE, LOOKUP, Program
+from laconic.program.program import COMBINE, DEQUANTIZE, HASHED, LOOKUP, VECTORS, Program
 from laconic.program.signature import Signature
 from laconic.storage import codecs, container, directory, graphs, shapes
 from laconic.storage.directory import Entry
@@ -23,11 +23,13 @@ _MALFORMED = (
     RecursionError, SyntaxError, AssertionError,
 )  # fmt: skip
 _TOTAL_SLACK = 64 << 20
-# operator that stands for a form → the roles of its tensors, and where its axis stands
-_PARTS: dict[Any, tuple[tuple[str, ...], int]] = {
+# operator that stands for a form → the roles of its tensors, and where its axis stands, if it does
+_PARTS: dict[Any, tuple[tuple[str, ...], int | None]] = {
     DEQUANTIZE: (("affine.codes", "affine.scale", "affine.zero_point"), 3),
     LOOKUP: (("codebook.codes", "codebook.values"), 2),
-    COMBINE: (("basis.coefficients", "basis.basis"), 2),
+    COMBINE: (("basis.coefficients", "basis.basis"), None),
+    VECTORS: (("vectors.codes", "vectors.values"), None),
+    HASHED: (("hashed.values",), None),
 }
 
 
@@ -77,7 +79,8 @@ def predict(program: Program, *, extra: Mapping[str, Json] | None = None) -> Siz
         StorageError: as `save`.
     """
     content, data = _compose(program, extra)
-    total = sum(len(part) for part in container.assemble(content, data, codecs.version(data)))
+    parts = container.assemble(content, data, codecs.version(data))
+    total = sum(len(part) for part in parts)
     sizes = {row[0]: len(part) for row, part in zip(content["tensors"], data, strict=True)}
     return SizeReport(sizes, total - sum(sizes.values()), total)
 
@@ -195,7 +198,9 @@ def _roles(program: Program) -> dict[str, tuple[str, int]]:
         if node.target not in _PARTS:
             continue
         parts, place = _PARTS[node.target]
-        axis = node.args[place] if len(node.args) > place else node.kwargs.get("axis")
+        axis: object = 0
+        if place is not None:
+            axis = node.args[place] if len(node.args) > place else node.kwargs.get("axis")
         for source, part in zip(node.args, parts, strict=False):
             if isinstance(source, torch.fx.Node) and source.op == "get_attr":
                 roles[str(source.target)] = (part, axis if isinstance(axis, int) else 0)

@@ -343,6 +343,9 @@ def _table() -> dict[str, Rule]:
         "laconic.dequantize": _first,
         "laconic.lookup": _first,
         "laconic.combine": _combined,
+        "laconic.vectors": _made,
+        "laconic.hashed": _made,
+        "laconic.member": _moved("rows"),
         "full": _made,
         "arange": _made,
     }

@@ -94,6 +94,15 @@ class Layers(Method):
         result = work.tied() if self.mode == "tie" else work.program
         result.drop_unused()
         result.recompile()
+        if shared and self.mode == "basis":
+            work.notes.append(
+                "runtimes get the float tensors that the sums stand for: the gain is in bytes"
+            )
+        elif shared:
+            work.notes.append(
+                "every layer is still computed, and runtimes store tied tensors as they please: "
+                "the gain is in bytes"
+            )
         if not shared and not work.notes:
             work.notes.append("nothing to share: no two weights of one shape are close enough")
         plain = self.model_dump(mode="json", exclude_defaults=True)

@@ -38,9 +38,31 @@ def combine(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     return tuple(dims)
 
 
+def whole(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """Runs of elements, or buckets, that belong to positions: every size stays."""
+    for value in a.values():
+        see.freeze(node, "what is stored belongs to positions", *see.dims(value))
+    return see.rigid(node, "what is stored belongs to positions", *node.meta["shape"])
+
+
+def member(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """`[rows of all models, ...]` → `[rows of one, ...]`."""
+    why = "several models are stored together"
+    rows, *dims = see.dims(a["rows"])
+    see.freeze(node, why, rows)
+    kept = see.rigid(node, why, node.meta["shape"][0]) if a["sizes"] else ()
+    result = (*kept, *dims)
+    for one, other in zip(result, see.dims(a["base"]), strict=False):
+        see.same(one, other, node)
+    return result
+
+
 ROWS: dict[str, Row] = {
     "laconic.fake_quantize": quantized,
     "laconic.dequantize": quantized,
     "laconic.lookup": lookup,
     "laconic.combine": combine,
+    "laconic.vectors": whole,
+    "laconic.hashed": whole,
+    "laconic.member": member,
 }

@@ -1,0 +1,303 @@
+"""Several models in one file: what they share is stored once, each adds a small difference.
+
+Idea: fine-tunes of one base, or the members of an ensemble, lie close together. Each shared weight
+becomes the models' mean on a fine grid, plus for every model a difference on a coarse grid whose
+codes are mostly zero, which the entropy coder of the file makes small. Biases, norms and heads of
+other widths stay each model's own, rows below each other. One graph computes one model at a time;
+which one is an argument in the graph: `laconic.members(program)` gives every model back, by name,
+as a Program of its own. With a length of training (`steps`, `epochs` or `minutes`) the shared space
+and the differences are trained end to end, each model towards its own separate self.
+
+Papers: coded differences of fine-tunes as in BitDelta (Liu et al. 2024, arXiv 2402.10193) and Delta
+Zip (Yao & Klimovic 2023, arXiv 2312.05215); quantised training with straight-through gradients,
+Jacob et al. 2017 (arXiv 1712.05877); distillation, Hinton et al. 2015 (arXiv 1503.02531).
+
+Helps: files of related models; the closer they lie, the more. `size` finds the coarsest grid that
+is needed for a file of so many times one model's. Does not: nothing gets faster. Runtimes get the
+dense tensors of one model at a time: the gain is in bytes. Models that were trained on their own
+from different starts share nothing but their shapes. Prune and fold before, all models alike; what
+is stored together cannot lose channels.
+
+Cost: seconds; with `size` ten times the coding of the file. Training: for each batch a step and
+a run of every model that the batch belongs to.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, field_validator
+from torch import fx, nn
+
+from laconic import storage
+from laconic.core.errors import RecipeError
+from laconic.core.task import Task
+from laconic.methods.base import Context, Method, Outcome
+from laconic.program import members
+from laconic.program.freezing import freeze
+from laconic.program.program import Program
+from laconic.program.sites import Sites
+from laconic.solvers import placement, together
+from laconic.solvers.together import Together
+from laconic.training.distillation import Distillation, kind_for
+from laconic.training.loop import Forward, Job, Loss, Trained, train
+from laconic.training.plan import Plan
+from laconic.training.processes import Processes
+from laconic.training.teacher import Original
+
+_ROUNDS = 8
+_FINEST, _COARSEST = 1e-3, 2.0
+_LENGTHS = ("steps", "epochs", "minutes")
+
+
+class Models(Plan, Method):
+    """Store several models of one graph together. Sites are the weights that they share.
+
+    See `Plan` for the fields of training; without a length there is none. A training batch teaches
+    every model; one that is a mapping from models' names to batches teaches each on its own.
+
+    Attributes:
+        others: name → `.laconic` file of the models to store with this one; or a list of files,
+            named after them.
+        called: name of this model.
+        bits: of what is shared: its grid for each output channel, 2 to 8.
+        error: relative error of a weight that the differences may leave; larger is smaller.
+        size: largest file, in parts of the file of this model alone on the same grid; finds
+            `error`, which then is where the search begins no more.
+        temperature: of the softened outputs that training compares.
+        hashes: resolved: name → SHA-256 of the file that was read.
+    """
+
+    trains: ClassVar[bool] = True
+    quick: ClassVar[Mapping[str, Any]] = {}
+
+    others: dict[str, str] | list[str] = Field(default_factory=dict[str, str])
+    called: str = "first"
+    bits: int = Field(default=8, ge=2, le=8)
+    error: float = Field(default=0.05, gt=0)
+    size: float | None = Field(default=None, gt=0)
+    temperature: float = Field(default=4.0, gt=0)
+    hashes: dict[str, str] | None = None
+
+    @field_validator("others")
+    @classmethod
+    def _named(cls, value: dict[str, str] | list[str]) -> dict[str, str]:
+        if isinstance(value, dict):
+            return value
+        named = {Path(path).stem: path for path in value}
+        if len(named) < len(value):
+            raise ValueError("two files of one name: give a mapping from names to files")
+        return named
+
+    def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
+        """Store the models together; the input stays as it was.
+
+        Raises:
+            RecipeError: sites that match nothing; models that do not fit on each other; files that
+                changed since `hashes` were taken; a `size` below what is possible.
+            StorageError: a file of `others` that cannot be read.
+            DataError: weights that are not finite, or training data that do not fit.
+        """
+        found = [site.name for site in placement.weight_sites(program)[0]]
+        names = sites.choose(found)
+        if not self.others:
+            note = "nothing to share with: others names no files"
+            return Outcome(program=program.clone(), resolved=self._plain(), notes=[note])
+        models, hashes = self._read(program)
+        together.check_alike(models)
+        alone = _bytes(together.gridded(program, names, self.bits))
+        made, error = self._joined(models, names, alone)
+        work = _Work(made, {"error": error, "hashes": hashes}, alone)
+        trained = self._train(work, models, context)
+        return self._outcome(work, models, trained)
+
+    def _plain(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+    def _read(self, program: Program) -> tuple[dict[str, Program], dict[str, str]]:
+        """All models by name, this one first, and what the files hashed to."""
+        assert isinstance(self.others, dict)
+        models, hashes = {self.called: program}, dict[str, str]()
+        for name in (self.called, *self.others):
+            if not name or not name.isprintable() or set(name) & set(",\"'\\"):
+                raise RecipeError(f"{name!r} cannot be a model's name", where="share.models",
+                                  hint="take letters, digits, '-', '_' and '.'")  # fmt: skip
+        for name, path in self.others.items():
+            if name in models:
+                raise RecipeError(
+                    f"two models are named {name!r}", where="share.models others",
+                    hint="let this model be `called` something else",
+                )  # fmt: skip
+            models[name] = storage.load(path)
+            hashes[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            if self.hashes is not None and self.hashes.get(name) != hashes[name]:
+                raise RecipeError(
+                    f"{path} is not the file that the step was resolved with",
+                    where=f"share.models others {name}",
+                    hint="leave 'hashes' out to take the file as it is now",
+                )
+        return models, hashes
+
+    def _joined(
+        self, models: Mapping[str, Program], names: Sequence[str], alone: int
+    ) -> tuple[Together, float]:
+        """The models together, within the size that was asked for, and the error that led there.
+
+        Raises:
+            RecipeError: a size below what is possible; says how low it can go.
+        """
+        if self.size is None or self.hashes is not None:
+            return together.join(models, names, self.bits, self.error), self.error
+        low, high = _FINEST, _COARSEST
+        best = together.join(models, names, self.bits, high)
+        least = _bytes(best.program)
+        if least > self.size * alone:
+            raise RecipeError(
+                f"size {self.size:g} is below what is possible: {least / alone:.3f} of one model "
+                f"({least} of {alone} bytes) is taken even without differences",
+                where="share.models",
+                hint="fold or quantise what each model keeps of its own, or raise size",
+            )
+        for _ in range(_ROUNDS):
+            middle = (low * high) ** 0.5
+            tried = together.join(models, names, self.bits, middle)
+            if _bytes(tried.program) <= self.size * alone:
+                best, high = tried, middle
+            else:
+                low = middle
+        return best, high
+
+    # training -------------------------------------------------------------------------------
+
+    def _train(
+        self, work: "_Work", models: Mapping[str, Program], context: Context
+    ) -> Trained | None:
+        """Train the shared space and the differences towards the separate models."""
+        if all(getattr(self, length) is None for length in _LENGTHS):
+            return None
+        student = work.made.program.train()
+        plan = Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
+        plan = plan.settled(student, context.device, Processes.current().count)
+        lesson = _Lesson(student, models, context, plan.precision, self.temperature)
+        floats = [
+            name for name, tensor in student.tensors()
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        ]  # fmt: skip
+        told = [self._plain(), work.resolved, context.seed]
+        trained = train(
+            Job(
+                program=student,
+                names=floats,
+                objective=lesson,
+                loader=context.task.batches("train", "calibration"),
+                plan=plan,
+                seed=context.seed,
+                device=context.device,
+                progress=context.progress,
+                folder=context.workdir,
+                identity=hashlib.sha256(repr(told).encode()).hexdigest(),
+            )
+        )
+        work.resolved |= trained.plan.model_dump(mode="json", exclude={"save_every"})
+        work.made.notes += trained.notes
+        return trained
+
+    def _outcome(
+        self, work: "_Work", models: Mapping[str, Program], trained: Trained | None
+    ) -> Outcome:
+        program = work.made.program
+        after = _bytes(program)
+        figures: dict[str, Any] = {
+            "members": list(models),
+            "bytes": {"together": after, "one": work.alone,
+                      "separate": {n: _bytes(model) for n, model in models.items()}},
+            "ratio": after / work.alone,
+            "errors": work.made.errors,
+        }  # fmt: skip
+        if trained is not None:
+            figures["training"] = {"steps": trained.plan.steps, "seconds": trained.seconds}
+        notes = [
+            *work.made.notes,
+            f"{len(models)} models take {after} bytes, {after / work.alone:.3f} times "
+            f"{self.called!r} alone on a grid of {self.bits} bits; laconic.members gives each",
+            "runtimes get the dense tensors of one model at a time: the gain is in bytes",
+        ]
+        if self.size is not None and after > self.size * work.alone:
+            notes.append(f"training took the file beyond size {self.size:g}: ask for less")
+        resolved = {**self._plain(), **work.resolved}
+        return Outcome(program=program, resolved=resolved, notes=notes, figures=figures)
+
+
+@dataclass
+class _Work:
+    """What is known while the method runs; `alone`: bytes of one model on the same grid."""
+
+    made: Together
+    resolved: dict[str, Any] = field(default_factory=dict[str, Any])
+    alone: int = 0
+
+
+class _Lesson:
+    """The objective: every model of the joint Program gives what its separate self gives."""
+
+    def __init__(
+        self,
+        student: Program,
+        models: Mapping[str, Program],
+        context: Context,
+        precision: str,
+        temperature: float,
+    ) -> None:
+        self._student, self._models, self._context = student, models, context
+        self._precision, self._temperature = precision, temperature
+        self._parts: dict[str, tuple[Program, Distillation]] = {}
+
+    def __call__(self, forward: Forward, batch: Any, number: int) -> Loss:
+        """The loss of one batch: the mean over the models that it belongs to."""
+        del forward
+        if not self._parts:  # here, because the loop has moved the tensors by now
+            self._parts = {name: self._part(name) for name in self._models}
+        own = isinstance(batch, Mapping) and bool(batch) and set(batch) <= set(self._models)
+        found = [
+            lesson(part.run_flat, batch[name] if own else batch, number)
+            for name, (part, lesson) in self._parts.items()
+            if not own or name in batch
+        ]
+        value = torch.stack([loss.value for loss in found]).mean()
+        return Loss(value, max(loss.samples for loss in found))
+
+    def _part(self, name: str) -> tuple[Program, Distillation]:
+        """One model of the joint Program, over the very same tensors, and what teaches it."""
+        part = members.switched(_over(self._student), name).train()
+        task: Task = self._context.task
+        device = self._context.device
+        teacher = Original(self._models[name], (), device, self._precision)
+        outputs: Any = part.output_node.args[0]
+        lesson = Distillation(
+            task=task, student=part, teacher=teacher, outputs=len(outputs), device=device,
+            kind=kind_for(task), temperature=self._temperature,
+        )  # fmt: skip
+        return part, lesson
+
+
+def _over(program: Program) -> Program:
+    """A Program of its own graph over the very tensors of another one."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(program.graph, {}))
+    return Program(
+        graph,
+        dict(program.tensors()),
+        program.signature,
+        program.example,
+        dynamic=program.dynamic,
+        aliases=program.aliases,
+        sparse=program.sparse,
+    )
+
+
+def _bytes(program: Program) -> int:
+    """Of the file, exactly."""
+    return storage.predict(freeze(program)).total
