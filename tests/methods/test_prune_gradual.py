@@ -172,6 +172,28 @@ def test_sites_are_what_is_pruned_and_everything_trains(program, task):
         assert not torch.equal(made.tensor(name), program.tensor(name))
 
 
+@pytest.mark.parametrize("options", [{}, {"masked": "gone", "regrow": 0.5}])
+def test_a_pattern_of_n_of_every_m_inputs(program, task, options):
+    made = apply(program, task, n=1, m=3, **options)
+    for name in ("stem.weight", "inner.weight"):
+        weight = made.program.tensor(name).detach()
+        blocks = weight.unflatten(1, (-1, 3))  # of the input channels at each place of the kernel
+        assert set((blocks != 0).sum(2).unique().tolist()) == {1}
+    head = made.program.tensor("head.weight").detach()
+    assert set((head[:, :6].unflatten(1, (2, 3)) != 0).sum(2).unique().tolist()) == {1}
+    assert bool((head[:, 6:] != 0).all())  # a rest that fills no pattern
+    again = Gradual(**made.resolved).apply(
+        program, Sites(), Context(task=task, original=program, seed=2)
+    )
+    assert same(tensors(again.program), tensors(made.program))
+
+
+def test_weights_without_room_for_a_pattern_stay_whole(program, task):
+    made = apply(program, task, n=2, m=8)
+    assert made.program.sparse == {"head.weight"}
+    assert sum("fewer than 8 inputs" in note for note in made.notes) == 2
+
+
 def test_it_ends_closer_to_the_original_than_one_cut():
     """At sparsity 0.8; random weights have no small ones, so a cut alone costs much."""
     torch.manual_seed(3)
@@ -216,6 +238,9 @@ def test_nothing_to_prune_is_said(task):
     [
         ({"ratio": 1.0}, "less than 1"),
         ({"begin": 0.5, "end": 0.4}, "begin 0.5 is not before end 0.4"),
+        ({"n": 2}, "a pattern needs both"),
+        ({"n": 5, "m": 4}, "n 5 of every m 4 cannot stay"),
+        ({"n": 2, "m": 4, "ratio": 0.5}, "n and m take the place of ratio"),
         ({"regrow": 0.3}, "regrow 0.3 is for masked: gone, not learn"),
     ],
 )

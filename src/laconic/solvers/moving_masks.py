@@ -100,7 +100,7 @@ class MovingMasks(Attendant):
         rule = self._rule
         sizes = sum(free.numel() for free in self._free.values())
         first = 1 - sum(int(free.sum()) for free in self._free.values()) / max(sizes, 1)
-        change = (first, max(first, rule.ratio))
+        change = (min(first, rule.ratio), rule.ratio)
         return Ramp.over(self._steps, (rule.begin, rule.end), change, rule.every, rule.curve)
 
     @torch.no_grad()

@@ -20,19 +20,18 @@ behind it do as well. Few samples.
 Cost: that of the training; masks add a selection over the weights each time they change.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.learning import Course, Learning, trainable
-from laconic.solvers.moving_masks import MovingMasks, Rule
-from laconic.solvers.weight_masks import BYTES, Amount, Keep, Pruning, Scope
+from laconic.solvers.moving_masks import Choose, MovingMasks, Rule
+from laconic.solvers.patterns import Patterns
+from laconic.solvers.weight_masks import BYTES, Amount, Pruning, Scope
 
 
 class Gradual(Learning, Method):
@@ -42,6 +41,9 @@ class Gradual(Learning, Method):
 
     Attributes:
         ratio: part of the chosen weights that is zero in the end.
+        n: with `m`: a pattern in place of `ratio`; so many of every `m` neighbouring inputs of an
+            output stay, at first more; weights with fewer inputs stay whole.
+        m: neighbours that share a pattern.
         scope: "tensor": `ratio` holds for every tensor; "global": for all of them together.
         score: what stays: the largest "magnitude", or "movement", the weights that training moves
             away from zero.
@@ -60,6 +62,8 @@ class Gradual(Learning, Method):
     quick: ClassVar[Mapping[str, Any]] = {"steps": 4}
 
     ratio: float = Field(default=0.8, ge=0, lt=1)
+    n: int | None = Field(default=None, ge=1)
+    m: int | None = Field(default=None, ge=2)
     scope: Scope = "global"
     score: Literal["magnitude", "movement"] = "magnitude"
     masked: Literal["learn", "rest", "gone"] = "learn"
@@ -75,6 +79,13 @@ class Gradual(Learning, Method):
             raise ValueError(f"regrow {self.regrow} is for masked: gone, not {self.masked}")
         if self.begin >= self.end:
             raise ValueError(f"begin {self.begin} is not before end {self.end}")
+        if (self.n is None) != (self.m is None):
+            raise ValueError("a pattern needs both n and m: n of every m stay")
+        if self.n is not None and self.m is not None:
+            if "ratio" in self.model_fields_set:
+                raise ValueError("n and m take the place of ratio: give one of them")
+            if self.n > self.m:
+                raise ValueError(f"n {self.n} of every m {self.m} cannot stay: n is at most m")
         return self
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
@@ -86,6 +97,7 @@ class Gradual(Learning, Method):
             TrainingError: the loss diverged before the sparsity was reached.
         """
         work = Pruning(program, sites, context.device)
+        choose = self._choice(work)
         if not work.names:
             return Outcome(program=work.finish(), notes=work.notes, figures=work.figures)
         student, pruned = work.program, [n for n in work.names if n in work.program.sparse]
@@ -98,7 +110,7 @@ class Gradual(Learning, Method):
             progress=context.progress,
             folder=context.workdir,
         )
-        masks = MovingMasks(work.names, self._rule(), functools.partial(_kept, self.scope), pruned)
+        masks = MovingMasks(work.names, self._rule(), choose, pruned)
         names = trainable(student, Sites())
         learned = self.learn(program, student.train(), names, course, attendant=masks)
         student.sparse |= set(work.names)
@@ -110,9 +122,20 @@ class Gradual(Learning, Method):
             figures={**learned.figures, **work.figures},
         )
 
+    def _choice(self, work: Pruning) -> Choose:
+        """How weights are chosen; weights that have no room for the pattern leave the names."""
+        m = self.m
+        if m is None:
+            return lambda scores, ratio: Amount(ratio=ratio, scope=self.scope).kept(scores)
+        found = Patterns(work, m)
+        return lambda scores, ratio: found.kept(scores, m - int(ratio * m + 1e-9))
+
     def _rule(self) -> Rule:
+        ratio = self.ratio
+        if self.n is not None and self.m is not None:
+            ratio = 1 - self.n / self.m
         return Rule(
-            ratio=self.ratio,
+            ratio=ratio,
             score=self.score,
             masked=self.masked,
             regrow=self.regrow,
@@ -121,7 +144,3 @@ class Gradual(Learning, Method):
             every=self.every,
             curve=self.curve,
         )
-
-
-def _kept(scope: Scope, scores: Mapping[str, Tensor], ratio: float) -> Keep:
-    return Amount(ratio=ratio, scope=scope).kept(scores)

@@ -19,18 +19,17 @@ Cost: that of the score; with obs, that of `prune.obs`.
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.obs_layers import Surgeon, columns_for
+from laconic.solvers import patterns
+from laconic.solvers.obs_layers import Surgeon
 from laconic.solvers.obs_weights import Wanted
 from laconic.solvers.weight_masks import Pruning
 from laconic.solvers.weight_scores import Calibration, scored
-from laconic.statistics.layers import Layer
 
 
 class Nm(Method):
@@ -75,7 +74,9 @@ class Nm(Method):
             made = Surgeon(work, data, readers).prune(aims)
         else:
             scores = scored(self.score, work, data)
-            made = work.close({n: _kept(readers[n][0], scores[n], a) for n, a in aims.items()})
+            made = work.close(
+                {n: patterns.kept(readers[n][0], scores[n], a) for n, a in aims.items()}
+            )
         work.figures["semi_structured"] = [
             name for name in aims if (self.n, self.m) == (2, 4) and fits(made.tensor(name))
         ]
@@ -90,20 +91,12 @@ class Nm(Method):
         """The pattern of every weight that has room for it."""
         aims: dict[str, Wanted] = {}
         for name, (layer, *_) in work.layers().items():
-            columns = layer.matrix(work.bare.tensor(name)).shape[1]
-            whole = columns // layer.taps // self.m * self.m
-            if not whole:
+            width = patterns.room(layer, work.bare.tensor(name), self.m)
+            if not width:
                 work.notes.append(f"{name}: stays, fewer than {self.m} inputs an output")
             elif self.n < self.m:
-                aims[name] = Wanted(n=self.n, m=self.m, width=whole * layer.taps)
+                aims[name] = Wanted(n=self.n, m=self.m, width=width)
         return aims
-
-
-def _kept(layer: Layer, score: Tensor, aim: Wanted) -> Tensor:
-    rows = layer.matrix(score)
-    order = columns_for(layer, rows.shape[1], aim.m)
-    keep = aim.keep(rows[:, order], torch.zeros_like(rows, dtype=torch.bool))
-    return layer.weight_from(keep[:, order.argsort()], keep)
 
 
 def fits(weight: Tensor) -> bool:
