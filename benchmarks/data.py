@@ -99,6 +99,21 @@ def cifar10(split: str, folder: Path | None = None) -> Images:
     return Images(pixels, torch.from_numpy(labels.astype(np.int64)))
 
 
+def greyscale(name: str, split: str, folder: Path | None = None) -> Batch:
+    """uint8 `[n, 28, 28]` and labels of "mnist" or "fashion_mnist".
+
+    `split`: "train" (50,000), "validation" (the last 10,000 training images) or "test" (10,000).
+    """
+    folder = (folder or data_folder()) / name
+    stem = "t10k" if split == "test" else "train"
+    rows = {"train": slice(0, 50_000), "validation": slice(50_000, None)}.get(split, slice(None))
+    pixels = gzip.decompress((folder / f"{stem}-images-idx3-ubyte.gz").read_bytes())
+    labels = gzip.decompress((folder / f"{stem}-labels-idx1-ubyte.gz").read_bytes())
+    images = np.frombuffer(pixels, np.uint8, offset=16).reshape(-1, 28, 28)[rows]
+    numbers = np.frombuffer(labels, np.uint8, offset=8)[rows]
+    return torch.from_numpy(images.copy()), torch.from_numpy(numbers.astype(np.int64))
+
+
 def batches(images: Images, size: int, *, normalise: bool = True) -> list[Batch]:
     """`images` in order as (pixels, labels) batches, ready for a Task's loaders."""
     pixels = images.tensor(normalise=normalise)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.data import cifar10, passages, sst2
+from benchmarks.data import cifar10, greyscale, passages, sst2
 
 from benchmarks import models
 
@@ -17,6 +17,18 @@ def test_cifar_splits_are_the_stated_rows(data_dir):
     assert torch.equal(test.labels, everything.labels[5_000:])
     assert (test.pixels[0] == everything.pixels[5_000]).all()
     assert torch.equal(everything.labels.bincount(), torch.full((10,), 1_000))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_the_last_training_images_are_validation(data_dir, name):
+    held = {split: greyscale(name, split, data_dir) for split in ("train", "validation", "test")}
+    sizes = {split: tuple(pixels.shape) for split, (pixels, _) in held.items()}
+    rows = {"train": 50_000, "validation": 10_000, "test": 10_000}
+    assert sizes == {split: (count, 28, 28) for split, count in rows.items()}
+    labels = torch.cat([held[split][1] for split in ("train", "validation")])
+    assert len(labels.bincount()) == 10
+    if name == "fashion_mnist":
+        assert torch.equal(labels.bincount(), torch.full((10,), 6_000))
 
 
 def test_sst2_has_the_stated_sizes(data_dir):

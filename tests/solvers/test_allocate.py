@@ -85,6 +85,16 @@ def test_a_layerwise_part_is_the_same_for_all():
     assert [counts[g.name] for g in found] == [4, 6]
 
 
+def test_a_round_part_of_a_wide_group_is_hit_exactly():
+    """300 is wider than the finest grid of sizes; a fifth of it is one of them all the same."""
+    model = nn.Sequential(nn.Linear(4, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(),
+                          nn.Linear(100, 3))  # fmt: skip
+    found = groups(capture(model, torch.randn(2, 4)))
+    for group, wanted in zip(found, ((150, 120, 90, 60), (50, 40, 30, 20)), strict=True):
+        counts = choice(group, by_score(torch.arange(group.size).double())).counts.tolist()
+        assert set(wanted) <= set(counts)
+
+
 def test_an_impossible_target_says_how_low_and_what_is_in_the_way():
     _, found, choices, costs = setting(floor=6)
     with pytest.raises(BudgetError, match=r"at most.*90\.0%.*may not go below 6 of") as caught:
