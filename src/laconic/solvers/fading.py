@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from laconic.core.errors import RecipeError
 from laconic.program.groups import Group, groups
 from laconic.program.program import Program
 from laconic.program.surgery import Changes, cut_
@@ -83,7 +84,10 @@ class Fading(Attendant):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The strengths."""
-        return {f"strength/{step}": torch.tensor(v).double() for step, v in self.strengths.items()}
+        return {
+            f"strength/{step}": torch.tensor(v, dtype=torch.float64)
+            for step, v in self.strengths.items()
+        }
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of `tensors`."""
@@ -166,6 +170,13 @@ class FadingGroups(Fading):
         super().begin(program, plan)
         self._found = groups(program)
         chosen = [self._found.find(name) for name in self._keep]
+        for group in chosen:
+            if group.frozen is not None:
+                raise RecipeError(
+                    "features are compared along this group, so it cannot be cut in training",
+                    where=group.name,
+                    hint="name other nodes, or take features: 0",
+                )
         self._fading = [(group, _others(self._keep[group.name], group.size)) for group in chosen]
 
     def fade(self, factor: float) -> list[float]:
@@ -207,7 +218,9 @@ class FadingGroups(Fading):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The strengths, and whether the cut is made."""
-        made = {} if self.change is None else {"cut": torch.tensor(self.change).double()}
+        made = (
+            {} if self.change is None else {"cut": torch.tensor(self.change, dtype=torch.float64)}
+        )
         return {**super().tensors(), **made}
 
     def reshape(self, tensors: Mapping[str, Tensor]) -> Changes:

@@ -105,8 +105,15 @@ class Shedding(Attendant):
         self._each = plan.accumulate or 1
         self._marks = self._times.marks(plan.steps or 1)
         choosing = self._choosing()
-        self._sizes = {n: choosing.found.find(n).size for n in self._wanted.names}
-        self._full = choosing.full_cost(self._wanted.names)
+        groups_now = [choosing.found.find(name) for name in self._wanted.names]
+        self._names = [group.name for group in groups_now if group.frozen is None]
+        self.notes += [
+            f"{group.name}: left whole, features are compared along it"
+            for group in groups_now
+            if group.frozen is not None
+        ]
+        self._sizes = {name: choosing.found.find(name).size for name in self._names}
+        self._full = choosing.full_cost(self._names)
         self.costs = [(0, CostModel(program, choosing.found).macs({}))]
         self._aim(choosing)
 
@@ -119,7 +126,7 @@ class Shedding(Attendant):
 
     def _aim(self, choosing: Choosing) -> None:
         if self._replay is None:
-            chosen = [choosing.found.find(name) for name in self._wanted.names]
+            chosen = [choosing.found.find(name) for name in self._names]
             blind = self._activity.aim(self.program, chosen)
             said = [f"{name}: no layer reads or writes it, left whole" for name in blind]
             self.notes = [*dict.fromkeys([*self.notes, *said])]
