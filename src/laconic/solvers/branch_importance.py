@@ -100,17 +100,23 @@ def loss_when_skipped(
     Raises:
         DataError: no data, or data that do not fit.
     """
-    whole = _loss(program, task, samples, device)
+    whole = task_loss(program, task, samples, device)
     found: list[float] = []
     for unit in progress.track(units, "skipping branches", len(units)):
         small = program.clone()
         twins = branch_removal.twins(program, small, unit)
         branch_removal.remove(small, twins)
-        found.append(_loss(small, task, samples, device) - whole)
+        found.append(task_loss(small, task, samples, device) - whole)
     return found
 
 
-def _loss(program: Program, task: Task, samples: int, device: torch.device) -> float:
+@torch.no_grad()
+def task_loss(program: Program, task: Task, samples: int, device: torch.device) -> float:
+    """The task's mean loss over at most `samples` of its calibration (or training) data.
+
+    Raises:
+        DataError: no data, or data that do not fit.
+    """
     total, seen = 0.0, 0
     for number, batch in enumerate(task.batches("calibration", "train")):
         inputs, targets = task.split(batch)
