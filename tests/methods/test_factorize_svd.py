@@ -279,3 +279,13 @@ def test_an_impossible_ratio_says_how_far_it_can_go():
 def test_ranks_that_fit_no_layer_are_refused(ranks, words):
     with pytest.raises(RecipeError, match=words):
         run("plain_cnn", ranks=ranks)
+
+
+def test_layers_without_anything_between_are_both_replaced():
+    """The second one reads what took the place of the first."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)).eval()
+    program = capture(model, torch.randn(2, 12))
+    context = Context(task=own_outputs(program), original=program)
+    made = FactorizeSvd(samples=16, ratio=0.5).apply(program, Sites(), context).program
+    assert sum(node.op == "call_function" for node in made.graph.nodes) == 4
+    assert made(*program.example).isfinite().all()

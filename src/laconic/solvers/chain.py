@@ -50,7 +50,7 @@ def replace(
         the names of the new weights.
     """
     old = program.tensor(layer.weight)
-    value, names = layer.source, list[str]()
+    value, names = _source(layer.node), list[str]()
     origin = {"origin": layer.node.meta.get("origin", "")}
     for number, (stage, factor) in enumerate(zip(chain, factors, strict=True)):
         weight = nn.Parameter(factor.to(old).contiguous(), requires_grad=old.requires_grad)
@@ -67,6 +67,13 @@ def replace(
     layer.node.replace_all_uses_with(value)
     program.graph.erase_node(layer.node)
     return names
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What a layer reads by now: the layer before it may have been replaced since it was found."""
+    given = arguments(node)
+    source: Any = given.get("mat1") or given.get("input") or node.args[0]
+    return source
 
 
 def _operator(
