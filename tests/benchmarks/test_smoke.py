@@ -53,3 +53,33 @@ def test_resnet_main_on_the_smaller_sister(run, data_dir):
     assert line["acc_before_training"] > line["acc_before_training_torch_pruning"]
     assert line["acc_after_recovery"] > 50
     assert abs(line["acc_int8"] - line["acc_after_recovery"]) < 5
+
+
+def test_lenet_neurons(run):
+    line = run("lenet_fashion_neurons")
+    keys = ["base_acc", "acc_50", "acc_60", "acc_70", "acc_80"]
+    assert all(isinstance(line[key], float) for key in keys)
+    hidden = [line["rows"][f"cut_{ratio}"]["values"]["hidden"] for ratio in (50, 60, 70, 80)]
+    assert hidden == [[150, 50], [120, 40], [90, 30], [60, 20]]
+
+
+def test_importances(run, tmp_path):
+    line = run("importances")
+    assert set(line["beats_random"]) == {"l1"}
+    assert len(line["beats_random"]["l1"]) == 4
+    rows = [row["values"] for name, row in line["rows"].items() if name not in ("base", "test")]
+    assert len({row["macs_ratio"] for row in rows}) == 1  # all networks have the same shape
+    text = (tmp_path / "quick" / "importances.html").read_text()
+    assert ">chance" in text
+    assert text.count("<svg") == 1
+
+
+def test_unstructured(run):
+    line = run("unstructured")
+    rows = {name: row["values"] for name, row in line["rows"].items()}
+    for method in ("obs", "magnitude", "torch"):
+        assert abs(rows[f"r20_{method}_80"]["zeros"] - 0.8) < 1e-3
+        assert rows[f"r20_{method}_80"]["bytes"] < 0.6 * rows["r20_base"]["bytes"]
+    assert "r20_torch_80_recovered" not in rows  # the same weights as those of prune.magnitude
+    assert abs(rows["r20_obs_80_recovered"]["zeros"] - 0.8) < 1e-3
+    assert set(line["r20_obs_lead"]["80"]) == {"magnitude", "torch"}
