@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from laconic.core.errors import DataError
 from laconic.core.progress import SILENT, Progress
 from laconic.core.task import Task
 from laconic.program.program import Program
 from laconic.solvers import branch_removal
 from laconic.solvers.residual import Branch
-from laconic.statistics.batches import check_inputs, count, cut, flat_inputs
+from laconic.solvers.task_loss import TaskLoss
+from laconic.statistics.batches import count
 from laconic.statistics.gradients import sampled_loss, sensitivities
 from laconic.statistics.layers import layers
 from laconic.statistics.walk import Order, Walk
@@ -86,54 +86,19 @@ def taylor(
     return [sum(total[branch.end] for branch in unit) / max(seen, 1) for unit in units]
 
 
-@torch.no_grad()
 def loss_when_skipped(
-    program: Program,
-    units: Sequence[Unit],
-    task: Task,
-    samples: int,
-    device: torch.device,
-    progress: Progress = SILENT,
+    program: Program, units: Sequence[Unit], loss: TaskLoss, progress: Progress = SILENT
 ) -> list[float]:
     """How much the task's loss rises when each unit is skipped.
 
     Raises:
         DataError: no data, or data that do not fit.
     """
-    whole = task_loss(program, task, samples, device)
+    whole = loss(program)
     found: list[float] = []
     for unit in progress.track(units, "skipping branches", len(units)):
         small = program.clone()
         twins = branch_removal.twins(program, small, unit)
         branch_removal.remove(small, twins)
-        found.append(task_loss(small, task, samples, device) - whole)
+        found.append(loss(small) - whole)
     return found
-
-
-@torch.no_grad()
-def task_loss(program: Program, task: Task, samples: int, device: torch.device) -> float:
-    """The task's mean loss over at most `samples` of its calibration (or training) data.
-
-    Raises:
-        DataError: no data, or data that do not fit.
-    """
-    total, seen = 0.0, 0
-    for number, batch in enumerate(task.batches("calibration", "train")):
-        inputs, targets = task.split(batch)
-        where = f"calibration batch {number}"
-        flat = flat_inputs(program, inputs, where)
-        check_inputs(program, flat, where)
-        size = count(program, flat)
-        taken = min(size, samples - seen)
-        if taken < size and isinstance(targets, Tensor) and len(targets) == size:
-            flat, targets, size = cut(program, flat, 0, taken), targets[:taken], taken
-        there = next((t.device for _, t in program.tensors()), device)
-        outputs = program.signature.arrange(program.run_flat(*(t.to(there) for t in flat)))
-        goal = targets.to(there) if isinstance(targets, Tensor) else targets
-        total += float(task.loss(outputs, goal)) * size
-        seen += size
-        if seen >= samples:
-            break
-    if not seen:
-        raise DataError("the calibration data are empty", where=task.name)
-    return total / seen

@@ -30,6 +30,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import branch_importance, branch_removal
 from laconic.solvers.residual import Branch, branches
+from laconic.solvers.task_loss import TaskLoss
 from laconic.statistics.batches import Batches, Flat
 
 _BATCH = 64
@@ -138,9 +139,8 @@ class DropLayers(Method):
                 program, units, data.get(), context.task, context.generator()
             )
         else:
-            worth = branch_importance.loss_when_skipped(
-                program, units, context.task, self.samples, context.device, context.progress
-            )
+            loss = TaskLoss(context.task, context.original, self.samples, context.device)
+            worth = branch_importance.loss_when_skipped(program, units, loss, context.progress)
         return {_label(unit): score for unit, score in zip(units, worth, strict=True)}
 
 

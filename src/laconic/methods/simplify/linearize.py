@@ -33,7 +33,7 @@ from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.activations import Activation, LinearFit, activations, linearise, merge
-from laconic.solvers.branch_importance import task_loss
+from laconic.solvers.task_loss import TaskLoss
 from laconic.statistics.batches import Batches
 from laconic.statistics.collect import collect
 from laconic.statistics.layers import layers
@@ -48,7 +48,8 @@ class Linearize(Method):
     """Options of `simplify.linearize`. Sites are names of activations in the graph (`relu_3`).
 
     Attributes:
-        rise: how much the task's loss may rise, over the calibration (or training) data.
+        rise: how much the task's loss may rise, over the calibration (or training) data; without
+            labels, how far the outputs may get from the original's.
         count: at most so many go. With `rise` null, exactly so many as long as there are any.
         line: "fit" is the best slope and shift of each channel; "identity" takes x for f(x).
         merge: which activations may go: those between two layers that are "cheaper" as one in
@@ -170,7 +171,9 @@ class _Search:
 
     def __init__(self, method: Linearize, program: Program, lines: Lines, context: Context) -> None:
         self.losses: dict[str, float] = {}
-        self._method, self._program, self._lines, self._context = method, program, lines, context
+        self._method, self._program, self._lines = method, program, lines
+        self._progress = context.progress
+        self._task_loss = TaskLoss(context.task, context.original, method.samples, context.device)
 
     def run(self, names: Sequence[str]) -> list[str]:
         """Names of the activations that go, in the order of their going."""
@@ -181,7 +184,7 @@ class _Search:
             return gone
         allowed = float("inf") if method.rise is None else self._loss([]) + method.rise
         looked = left
-        with self._context.progress.task("dropping activations", len(left)) as bar:
+        with self._progress.task("dropping activations", len(left)) as bar:
             while left and (method.count is None or len(gone) < method.count):
                 measured = {name: self._loss([*gone, name]) for name in looked}
                 self.losses |= measured
@@ -197,5 +200,4 @@ class _Search:
     @torch.no_grad()
     def _loss(self, names: Sequence[str]) -> float:
         made, _, _ = self._method.without(self._program, names, self._lines)
-        context = self._context
-        return task_loss(made, context.task, self._method.samples, context.device)
+        return self._task_loss(made)
