@@ -70,6 +70,30 @@ def thaw(program: Program) -> Program:
     return made
 
 
+def plain(program: Program) -> Program:
+    """A copy whose weights reach their operators as dense floats, under their own names.
+
+    For scores and statistics: quantisation nodes of weights are passed by, codebooks looked up.
+    Codes that several operators read stay as they are.
+    """
+    made = thaw(program)
+    for node in list(made.graph.nodes):
+        held = node.args[0] if node.args else None
+        if not isinstance(held, fx.Node) or held.op != "get_attr":
+            continue
+        if node.target is LOOKUP and len(held.users) == 1:
+            given = [made.tensor(str(a.target)) if isinstance(a, fx.Node) else a
+                     for a in node.args]  # fmt: skip
+            made.set_tensor(str(held.target), nn.Parameter(node.target(*given).detach()))
+        elif node.target is not FAKE_QUANTIZE:
+            continue
+        node.replace_all_uses_with(held)
+        made.graph.erase_node(node)
+    made.propagate()
+    made.recompile()
+    return made
+
+
 def is_frozen(program: Program) -> bool:
     """Whether any weight is stored as integer codes."""
     return any(node.target is DEQUANTIZE for node in program.graph.nodes)

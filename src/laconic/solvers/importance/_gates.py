@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from laconic.core.errors import DataError
+from laconic.program.freezing import plain
 from laconic.program.groups import Group, Member
 from laconic.solvers.importance.base import (
     Scene,
@@ -35,22 +36,25 @@ def gate_gradients(scene: Scene) -> Iterator[dict[str, Tensor]]:
     """
     if scene.loss is None or not scene.batches:
         raise DataError("a score by gradients needs calibration data", where="importance")
+    program = plain(scene.program)
     readers = {
-        group.name: [] if in_products(group) else reading_layers(scene.program, group)
+        group.name: [] if in_products(group) else reading_layers(program, group)
         for group in scene.groups
     }
     writers = {
-        group.name: writing_layers(scene.program, group)[:1]
+        group.name: writing_layers(program, group)[:1]
         for group in scene.groups
         if not readers[group.name]
     }
     nodes = {layer.node for pairs in (*readers.values(), *writers.values()) for layer, _ in pairs}
 
     def samples(batch: Sequence[Tensor]) -> int:
-        return count(scene.program, tuple(batch))
+        return count(program, tuple(batch))
 
     batches = scene.progress.track(scene.batches, "gradients", len(scene.batches))
-    for seen in sensitivities(scene.program, batches, list(nodes), scene.loss, samples):
+    if not nodes:
+        return
+    for seen in sensitivities(program, batches, list(nodes), scene.loss, samples):
         yield {
             group.name: gradient
             for group in scene.groups
