@@ -100,22 +100,26 @@ class Shedding(Attendant):
         return either
 
     def begin(self, program: Program, plan: Plan) -> None:
-        """Find the groups, and what the cost is at first."""
+        """Find the groups, and what the cost is at first.
+
+        Raises:
+            BudgetError: the ratio cannot be reached; says how far it can go and what is in the way.
+        """
         self.program = program
         self._each = plan.accumulate or 1
         self._marks = self._times.marks(plan.steps or 1)
         choosing = self._choosing()
-        groups_now = [choosing.found.find(name) for name in self._wanted.names]
-        self._names = [group.name for group in groups_now if group.frozen is None]
-        self.notes += [
-            f"{group.name}: left whole, features are compared along it"
-            for group in groups_now
-            if group.frozen is not None
-        ]
+        chosen = [choosing.found.find(name) for name in self._wanted.names]
+        said = "left whole, features are compared along it"
+        self.notes += [f"{group.name}: {said}" for group in chosen if group.frozen is not None]
+        self._names = [group.name for group in chosen if group.frozen is None]
+        self._aim(choosing)
         self._sizes = {name: choosing.found.find(name).size for name in self._names}
         self._full = choosing.full_cost(self._names)
         self.costs = [(0, CostModel(program, choosing.found).macs({}))]
-        self._aim(choosing)
+        if self._replay is None:  # a ratio out of reach is refused before a step is taken
+            even = {name: by_score(torch.ones(size)) for name, size in self._sizes.items()}
+            choosing.by_removals(even, self._sizes, self._full * (1 - self._wanted.ratio))
 
     def _choosing(self) -> Choosing:
         wanted = self._wanted
@@ -128,8 +132,8 @@ class Shedding(Attendant):
         if self._replay is None:
             chosen = [choosing.found.find(name) for name in self._names]
             blind = self._activity.aim(self.program, chosen)
-            said = [f"{name}: no layer reads or writes it, left whole" for name in blind]
-            self.notes = [*dict.fromkeys([*self.notes, *said])]
+            self._names = [name for name in self._names if name not in blind]
+            self.notes += [f"{name}: left whole, no layer reads or writes it" for name in blind]
 
     def cut(self, step: int) -> Changes:
         """The cut that is due after a step."""

@@ -33,10 +33,10 @@ from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import CostModel
 from laconic.program.freezing import freeze, is_frozen, thaw
-from laconic.program.groups import groups
+from laconic.program.groups import Groups, groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import group_choice
+from laconic.solvers import group_choice, selection
 from laconic.solvers.fading import Fading, FadingGroups, FadingWeights
 from laconic.solvers.learning import Course, Learned, Learning, trainable
 from laconic.solvers.selection import Keep
@@ -122,45 +122,47 @@ class Regularized(Learning, Method):
         student = thaw(program) if is_frozen(program) else program.clone()
         dense = student.clone().to(context.device)
         found = groups(dense)
-        choice = group_choice.Choosing(
-            program=dense,
-            found=found,
-            ratio=self.ratio,
-            of=self.of,
-            scope=self.scope,
-            block=group_choice.block_of(self.block, context.runtime, context.threads),
-            adapt=self.block == "auto",
-            limit=self.limit,
-        )
-        if self.keep is not None:
-            keep: Keep = {name: torch.tensor(kept) for name, kept in sorted(self.keep.items())}
-        else:
-            keep = choice.by_importance(
-                sites, self.importance, context.task, self.samples, context.seed, context.device,
-                context.progress,
-            )  # fmt: skip
+        keep, block, notes = self._choose(dense, found, sites, context)
         if not keep:
-            return Outcome(program=program.clone(), notes=[*choice.notes, "nothing is to go"])
-        model = CostModel(dense, found)
-        sizes = {name: len(kept) for name, kept in keep.items()}
-        figures: dict[str, Any] = {
-            "macs": [model.macs({}), model.macs(sizes)],
-            "parameters": [model.params({}), model.params(sizes)],
-            "kept": {name: [found.find(name).size, size] for name, size in sizes.items()},
-        }
+            return Outcome(program=program.clone(), notes=[*notes, "nothing is to go"])
         fading = FadingGroups(keep, self.fade, self.pace)
         learned = self._learn(program, student.train(), fading, context)
-        chosen = {"keep": {n: k.tolist() for n, k in keep.items()}, "block": choice.block}
-        made = freeze(student) if is_frozen(program) else student
-        figures["cut_change"] = fading.change
-        notes = [*choice.notes]
+        chosen = {"keep": {name: kept.tolist() for name, kept in keep.items()}, "block": block}
         if fading.change is not None and fading.change > _NEGLIGIBLE:
             notes.append(
                 f"the cut changed the outputs by {fading.change:.2%}: a normalisation divides by "
                 "another width than before"
             )
+        figures = {**_sizes(dense, found, keep), "cut_change": fading.change}
+        made = freeze(student) if is_frozen(program) else student
         outcome = self._outcome(made, learned, fading, chosen, figures, notes)
         return replace(outcome, changes=fading.changes)
+
+    def _choose(
+        self, dense: Program, found: Groups, sites: Sites, context: Context
+    ) -> tuple[Keep, int | str, list[str]]:
+        """Kept indices, the block that was used, and what to know about it."""
+        if self.keep is not None:
+            held = {name: torch.tensor(kept) for name, kept in sorted(self.keep.items())}
+            return held, self.block, []
+        wanted = bool(self.ratio and selection.chosen(found, sites))
+        choosing = group_choice.Choosing(
+            program=dense,
+            found=found,
+            ratio=self.ratio,
+            of=self.of,
+            scope=self.scope,
+            block=group_choice.block_of(
+                self.block if wanted else 1, context.runtime, context.threads
+            ),
+            adapt=self.block == "auto",
+            limit=self.limit,
+        )
+        keep = choosing.by_importance(
+            sites, self.importance, context.task, self.samples, context.seed, context.device,
+            context.progress,
+        )  # fmt: skip
+        return keep, choosing.block, choosing.notes
 
     def _learn(
         self, program: Program, student: Program, fading: Fading, context: Context
@@ -191,3 +193,13 @@ class Regularized(Learning, Method):
             notes=[*dict.fromkeys([*notes, *learned.notes])],
             figures={**learned.figures, **figures, "strength": fading.strengths},
         )
+
+
+def _sizes(dense: Program, found: Groups, keep: Keep) -> dict[str, Any]:
+    model = CostModel(dense, found)
+    sizes = {name: len(kept) for name, kept in keep.items()}
+    return {
+        "macs": [model.macs({}), model.macs(sizes)],
+        "parameters": [model.params({}), model.params(sizes)],
+        "kept": {name: [found.find(name).size, size] for name, size in sizes.items()},
+    }
