@@ -14,7 +14,9 @@ from laconic.methods.base import Context, method_of
 from laconic.methods.distill.logits import Logits
 from laconic.methods.prune.magnitude import Magnitude
 from laconic.methods.prune.rewind import Rewind
+from laconic.methods.quantize.static import QuantizeStatic
 from laconic.program.capture import capture
+from laconic.program.freezing import is_frozen
 from laconic.program.sites import Sites
 from laconic.solvers.rewinding import Snapshot, levels
 
@@ -198,6 +200,18 @@ def test_what_is_pruned_before_stays_and_counts(program, task):
     idle = apply(first, task, ratio=0.4)
     assert same(tensors(idle.program), tensors(first))
     assert any("zero already" in note for note in idle.notes)
+
+
+def test_weights_stored_as_integers_stay_so_and_get_their_zeros(program, task):
+    context = Context(task=task, original=program)
+    static = QuantizeStatic(activations=False, freeze=True, bits=8, bias_correction="none")
+    stored = static.apply(program, Sites(), context).program
+    made = apply(stored, task, rewind="weights").program
+    assert is_frozen(made)
+    codes = [made.tensor(name) for name in WEIGHTS]
+    assert all(not code.is_floating_point() for code in codes)
+    free = sum(int((code != 0).sum()) for code in codes)
+    assert free <= sum(code.numel() for code in codes) * 0.4 + 1  # small weights round to 0 too
 
 
 def test_minutes_are_those_of_all_rounds_and_replay(program, task):

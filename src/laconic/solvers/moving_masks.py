@@ -54,7 +54,7 @@ class Rule:
     masked: Masked = "learn"
     regrow: float = 0.0
     begin: float = 0.0
-    end: float = 0.75
+    end: float = 0.4
     every: int | None = None
     curve: Curve = "cubic"
 

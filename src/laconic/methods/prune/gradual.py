@@ -11,11 +11,12 @@ learn, Lin et al. 2020 (arXiv 2006.07253): `masked: learn`; movement, Sanh et al
 2005.07683): `score: movement, masked: rest`; growing by gradient, Evci et al. 2020 (arXiv
 1911.11134), on a schedule as in Liu et al. 2021 (arXiv 2106.10404): `masked: gone, regrow: 0.3`.
 
-Helps: files, above about 80 % sparsity, where one cut of all weights costs more than training
-brings back. Movement is for fine-tuning on a task other than the one the weights come from.
+Helps: files, at high sparsity (90 % and more), where one cut of all weights costs more than the same
+training brings back. What is left needs its part of the steps: in a short training a small `end`.
 Does not: zeros make bytes, not milliseconds: dense runtimes multiply by them as by anything else.
-Short trainings: below a few hundred steps `prune.obs` or `prune.magnitude` and `distill.logits`
-behind it do as well. Few samples.
+At moderate sparsity `prune.obs` without training, or a cut and `distill.logits` behind it, do as
+well. Movement is for fine-tuning on a task other than the one the weights come from; on their own
+task it is behind magnitude. Few samples.
 
 Cost: that of the training; masks add a selection over the weights each time they change.
 """
@@ -69,7 +70,7 @@ class Gradual(Learning, Method):
     masked: Literal["learn", "rest", "gone"] = "learn"
     regrow: float = Field(default=0.0, ge=0, lt=1)
     begin: float = Field(default=0.0, ge=0, lt=1)
-    end: float = Field(default=0.75, gt=0, le=1)
+    end: float = Field(default=0.4, gt=0, le=1)
     every: int | None = Field(default=None, ge=1)
     curve: Literal["cubic", "linear"] = "cubic"
 

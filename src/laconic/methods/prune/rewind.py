@@ -133,7 +133,12 @@ class _Rounds:
             program=made,
             resolved={**own, **learned.resolved},
             notes=[*work.notes, *self.notes, BYTES],
-            figures={**learned.figures, "rounds": self.figures, **work.figures},
+            figures={
+                **learned.figures,
+                "seconds": sum(entry["seconds"] for entry in self.figures),
+                "rounds": self.figures,
+                **work.figures,
+            },
         )
 
     def _begin(self) -> tuple[Program, Learned]:
