@@ -11,8 +11,9 @@ learn, Lin et al. 2020 (arXiv 2006.07253): `masked: learn`; movement, Sanh et al
 2005.07683): `score: movement, masked: rest`; growing by gradient, Evci et al. 2020 (arXiv
 1911.11134), on a schedule as in Liu et al. 2021 (arXiv 2106.10404): `masked: gone, regrow: 0.3`.
 
-Helps: files, at high sparsity (90 % and more), where one cut of all weights costs more than the same
-training brings back. What is left needs its part of the steps: in a short training a small `end`.
+Helps: files, at high sparsity (90 % and more), where one cut of all weights costs more than the
+same training brings back. What is left needs its part of the steps: a short training wants a small
+`end`.
 Does not: zeros make bytes, not milliseconds: dense runtimes multiply by them as by anything else.
 At moderate sparsity `prune.obs` without training, or a cut and `distill.logits` behind it, do as
 well. Movement is for fine-tuning on a task other than the one the weights come from; on their own
