@@ -24,15 +24,17 @@ Keep = dict[str, Tensor]
 NARROW = 4  # a block that was not asked for leaves every group at least so many choices
 
 
-def chosen(found: Groups, sites: Sites) -> list[str]:
-    """Names of the groups that may shrink and are selected.
+def chosen(
+    found: Groups, sites: Sites, wanted: Callable[[Group], bool] = lambda _: True
+) -> list[str]:
+    """Names of the groups that may shrink, are `wanted`, and are selected.
 
     Raises:
         RecipeError: only frozen groups match, or none at all.
     """
-    free = [group.name for group in found]
+    free = [group.name for group in found if wanted(group)]
     matching = [name for name in free if sites.match(name)]
-    frozen = [group for group in found.frozen if sites.match(group.name)]
+    frozen = [group for group in found.frozen if wanted(group) and sites.match(group.name)]
     if free and not matching and frozen:
         raise RecipeError(
             f"sites {list(sites.patterns)} match only groups that cannot shrink",
