@@ -103,8 +103,9 @@ def _settle(program: Program, pick: fx.Node) -> None:
         rows = rows.args[0]
     name = str(rows.target)
     old, value = program.tensor(name), _value(program, pick).detach().clone()
-    if isinstance(old, nn.Parameter) or not old.is_floating_point():  # codes stood for a parameter
-        value = nn.Parameter(value, requires_grad=old.requires_grad or not old.is_floating_point())
+    coded = value.is_floating_point() and not old.is_floating_point()  # it was a parameter
+    if coded or isinstance(old, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=coded or old.requires_grad)
     with program.graph.inserting_before(pick):
         held = program.graph.get_attr(name)
     held.meta = {**pick.meta, "shape": tuple(value.shape), "dtype": value.dtype}

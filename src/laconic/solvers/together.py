@@ -106,8 +106,9 @@ def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: 
         models: by name; the Programs stay as they are.
         names: weights that share.
         bits: of the grid of what is shared, for each output channel.
-        error: relative error that the differences may leave: their step is `error * sqrt(12)`
-            times the root mean square of the weight.
+        error: relative error that the differences may leave in the largest weight: their step is
+            `error * sqrt(12)` times its root mean square. A smaller weight gets less, by the root
+            of its size: errors of layers add up alike, while bits are paid for elements.
 
     Raises:
         DataError: weights that are not finite.
@@ -116,6 +117,7 @@ def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: 
     program = made.program
     sites = {site.name: site for site in placement.weight_sites(program)[0]}
     program.sparse = frozenset().union(*(model.sparse for model in models.values()))
+    largest = max((program.tensor(name).numel() for name in names), default=1)
     for name, _ in list(program.tensors()):
         held = {key: model.tensor(name).detach() for key, model in models.items()}
         values = list(held.values())
@@ -127,7 +129,8 @@ def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: 
         elif equal:
             _on_grid(program, sites[name], values[0], sites[name].axis, bits)
         elif alike and name not in program.sparse:
-            made.errors[name] = _shared(program, sites[name], held, bits, error)
+            own = error * math.sqrt(values[0].numel() / largest)
+            made.errors[name] = _shared(program, sites[name], held, bits, own)
         else:
             why = "its zeros would be lost" if alike else "the models' differ in shape"
             made.notes.append(f"{name}: stored model by model, {why}")
@@ -192,7 +195,9 @@ def _shared(
         program.set_tensor(site.name, mean)
         insertion.quantize_weight(program, site, site.axis, fine)
         return _errors(held, base.double().expand_as(stack), stack)
-    inside = codes + (steps - codes).clamp(-_INSIDE, _INSIDE)  # training goes on from here
+    # training goes on from here: every value keeps its code, and none stands at the edge of one
+    zeros = steps * (_INSIDE / _ZERO)
+    inside = torch.where(codes == 0, zeros, codes + (steps - codes).clamp(-_INSIDE, _INSIDE))
     _insert(program, site, (mean, fine), inside, step, list(held))
     return _errors(held, base.double() + codes * step, stack)
 

@@ -50,6 +50,7 @@ from laconic.training.teacher import Original
 
 _ROUNDS = 8
 _FINEST, _COARSEST = 1e-3, 2.0
+_GROWTH = 0.02  # what training adds to a file, in parts of it: some zeros become differences
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
@@ -64,9 +65,10 @@ class Models(Plan, Method):
             named after them.
         called: name of this model.
         bits: of what is shared: its grid for each output channel, 2 to 8.
-        error: relative error of a weight that the differences may leave; larger is smaller.
-        size: largest file, in parts of the file of this model alone on the same grid; finds
-            `error`, which then is where the search begins no more.
+        error: relative error that the differences may leave in the largest weight, and in a smaller
+            one less, by the root of its size. The larger, the smaller the file.
+        size: largest file, in parts of the file of this model alone on the same grid: the least
+            `error` that keeps it is found. Training is left a little room.
         temperature: of the softened outputs that training compares.
         hashes: resolved: name → SHA-256 of the file that was read.
     """
@@ -117,6 +119,9 @@ class Models(Plan, Method):
     def _plain(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_defaults=True)
 
+    def _trains(self) -> bool:
+        return any(getattr(self, length) is not None for length in _LENGTHS)
+
     def _read(self, program: Program) -> tuple[dict[str, Program], dict[str, str]]:
         """All models by name, this one first, and what the files hashed to."""
         assert isinstance(self.others, dict)
@@ -152,9 +157,10 @@ class Models(Plan, Method):
         if self.size is None or self.hashes is not None:
             return together.join(models, names, self.bits, self.error), self.error
         low, high = _FINEST, _COARSEST
+        goal = self.size * alone * (1 - _GROWTH if self._trains() else 1)
         best = together.join(models, names, self.bits, high)
         least = _bytes(best.program)
-        if least > self.size * alone:
+        if least > goal:
             raise RecipeError(
                 f"size {self.size:g} is below what is possible: {least / alone:.3f} of one model "
                 f"({least} of {alone} bytes) is taken even without differences",
@@ -164,7 +170,7 @@ class Models(Plan, Method):
         for _ in range(_ROUNDS):
             middle = (low * high) ** 0.5
             tried = together.join(models, names, self.bits, middle)
-            if _bytes(tried.program) <= self.size * alone:
+            if _bytes(tried.program) <= goal:
                 best, high = tried, middle
             else:
                 low = middle
@@ -176,7 +182,7 @@ class Models(Plan, Method):
         self, work: "_Work", models: Mapping[str, Program], context: Context
     ) -> Trained | None:
         """Train the shared space and the differences towards the separate models."""
-        if all(getattr(self, length) is None for length in _LENGTHS):
+        if not self._trains():
             return None
         student = work.made.program.train()
         plan = Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
