@@ -246,7 +246,7 @@ def _widest(found: Ways, first: fx.Node, second: fx.Node) -> tuple[fx.Node, Way]
     best: tuple[fx.Node, Way] | None = None
     for node, listed in found.of.items():
         for way in listed:
-            if way.layers != {first, second} or any(b != a for b, a in way.map.padding):
+            if set(way.layers) != {first, second} or any(b != a for b, a in way.map.padding):
                 continue
             inner = all(u in way.nodes for n in way.nodes if n is not node for u in n.users)
             if inner and (best is None or len(way.nodes) > len(best[1].nodes)):

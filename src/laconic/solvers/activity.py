@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from laconic.program.freezing import plain
 from laconic.program.groups import Group, Member
 from laconic.program.program import Program
 from laconic.solvers.importance.base import (
@@ -66,7 +67,8 @@ class Activity:
 
         Returns the names of groups that no layer reads or writes, which cannot be watched.
         """
-        self._looks = [look for group in groups for look in _looks(program, group)]
+        bare = plain(program)  # layers are seen past the quantisation of their weights
+        self._looks = [look for group in groups for look in _looks(bare, group)]
         self._nodes = list(dict.fromkeys(look.node for look in self._looks))
         self._sums, self.batches = {}, 0
         self._program = program
