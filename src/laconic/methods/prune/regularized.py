@@ -13,8 +13,10 @@ steps (Parikh & Boyd 2014).
 
 Helps: where there are training data and minutes to spend, at ratios that one-shot pruning does not
 survive. Does not: without training data; where few steps are affordable, cutting first and
-distilling afterwards trains a smaller network for the same time. A layer norm over a group that
-shrinks divides by another width after the cut: the change that this makes is measured and noted.
+distilling afterwards trains a smaller network for the same time (a LeNet-300-100 without 80 % of
+its neurons, 200 steps: 85.3 % here, 85.6 % by cutting the same ones first, 86.0 % with
+`prune.channels` by obs and refit). A layer norm over a group that shrinks divides by another width
+after the cut: the change that this makes is measured and noted.
 
 Cost: training steps of the whole network for `fade` of the steps, of the small one afterwards, and
 one pass over the selected weights in each step. Selecting by obs, taylor or fisher costs one pass
