@@ -51,6 +51,27 @@ def case(method: str, model: str, **options: Any) -> Case:
     return Case(chosen, program, outcome, context, before, code)
 
 
+def followed_by(held: Case, method: str, **options: Any) -> Case:
+    """Another method, with its `quick` options, on what a method made."""
+    made = method_class(method)
+    chosen = made(**{**made.quick, **options})
+    program = held.outcome.program
+    before = {name: tensor.clone() for name, tensor in program.state_dict().items()}
+    code = str(program.graph)
+    outcome = chosen.apply(program, Sites(), held.context)
+    return Case(chosen, program, outcome, held.context, before, code)
+
+
+def does_something(held: Case) -> bool:
+    """Whether the outcome is anything but the input: another graph, or another tensor."""
+    made = held.outcome.program
+    if str(made.graph) != held.code:
+        return True
+    now = made.state_dict()
+    same = (name in held.before and torch.equal(now[name], held.before[name]) for name in now)
+    return set(now) != set(held.before) or not all(same)
+
+
 def own_outputs(program: Program, batches: int = 4, seed: int = 0) -> Task:
     """A task whose targets are the program's own outputs on inputs like its example.
 
@@ -198,12 +219,15 @@ def _plain(value: Any) -> Any:
     return value
 
 
-METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
+PAIR_CHECKS: tuple[Callable[[Case], None], ...] = (
     input_is_untouched,
     output_is_ready,
     replay_is_exact,
     survives_storage,
     trains_on,
+)
+METHOD_CHECKS: tuple[Callable[[Case], None], ...] = (
+    *PAIR_CHECKS,
     step_round_trips,
     unknown_options_are_refused,
     sites_that_match_nothing_are_refused,
