@@ -19,9 +19,11 @@ from laconic.program.cost import cost
 from laconic.program.freezing import freeze
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
+from laconic.program.surgery import cut
 from laconic.runtimes._export import lower_weights
 from laconic.testing import contracts
 from laconic.testing.contracts import Case, own_outputs
+from laconic.testing.masked import masked
 
 
 class Net(nn.Module):
@@ -207,6 +209,26 @@ def test_a_member_goes_on_alone(tmp_path):
     assert cost(second).macs == cost(programs["first"]).macs
     assert all(group.frozen for group in groups(made))
     assert not any("several" in str(g.frozen) for g in groups(members.alone(made, "tune0")))
+
+
+def test_channels_that_all_models_have_alike_can_still_be_cut(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval() for _ in range(2)]
+    models[1][0].load_state_dict(models[0][0].state_dict())
+    first, second = (capture(model, x) for model in models)
+    storage.save(second, tmp_path / "second.laconic")
+    context = Context(task=None, original=first)
+    method = Models(others=[str(tmp_path / "second.laconic")], error=0.3)
+    made = method.apply(first, Sites(("2.*",)), context).program
+    (free,) = [group for group in groups(made) if not group.frozen]
+    keep = {free.name: torch.tensor([0, 2, 3, 5, 6])}
+    for name in members.names(made):
+        chosen = members.choose(made, name)
+        small, changes = cut(chosen, keep)
+        expected = masked(chosen, changes, chosen.example)[0]
+        found = small.run_flat(*chosen.example)[0]
+        assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -76,6 +76,13 @@ def _combined(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
     return run.again(), m["basis_"].all(0)
 
 
+def _chosen(run: Living, _: Arguments, m: Arguments) -> tuple[Any, Any]:
+    """One of several models: alive as its rows are, and what is added to them."""
+    alive = run.again({"rows": m["rows"].float(), "base": None}) > 0
+    base = m.get("base")
+    return run.again(), alive & base if _is(base) else alive
+
+
 def _moved(*names: str) -> Rule:
     """Elements change places only: masks move as the values do."""
 
@@ -345,7 +352,7 @@ def _table() -> dict[str, Rule]:
         "laconic.combine": _combined,
         "laconic.vectors": _made,
         "laconic.hashed": _made,
-        "laconic.member": _moved("rows"),
+        "laconic.member": _chosen,
         "full": _made,
         "arange": _made,
     }
