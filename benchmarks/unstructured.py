@@ -4,8 +4,9 @@ Every (network, method, ratio) is a row of its own: accuracy in one shot, the sa
 measured anew on the calibration images (`prune.obs` does that by itself, the others do not; both
 are given, so that the comparison is fair), the size of the `.laconic` file, processor seconds. Its
 row `..._recovered` starts from the better form and gets the same short distillation. Methods:
-`obs` and `obs_sweep` (prune.obs, exact where affordable and SparseGPT-like), `magnitude`, `wanda`,
-and `torch`: torch.nn.utils.prune, all weights together by l1.
+`obs`, `obs_fisher` and `obs_sweep` (prune.obs as it comes, with the parts of the layers by Fisher
+information, and SparseGPT-like), `magnitude`, `wanda`, and `torch`: torch.nn.utils.prune, all
+weights together by l1.
 
     python -m benchmarks.unstructured [--depth 20] [--only r20_obs_80] [--no-recovery] [--quick]
 """
@@ -31,12 +32,13 @@ RATIOS = (50, 70, 80, 90)
 CALIBRATION, BATCH, STEPS = 512, 64, 100
 METHODS: dict[str, dict[str, Any]] = {
     "obs": {"method": "prune.obs", "samples": CALIBRATION},
+    "obs_fisher": {"method": "prune.obs", "samples": CALIBRATION, "allocation": "fisher"},
     "obs_sweep": {"method": "prune.obs", "samples": CALIBRATION, "solver": "sweep"},
     "magnitude": {"method": "prune.magnitude"},
     "wanda": {"method": "prune.wanda", "samples": CALIBRATION},
     "torch": {},
 }
-OURS = ("obs", "obs_sweep")
+OURS = ("obs", "obs_fisher", "obs_sweep")
 
 
 class Job:

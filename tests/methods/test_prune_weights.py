@@ -99,6 +99,21 @@ def test_obs_is_ahead_of_scores_that_repair_nothing(ratio, chain):
     assert errors["prune.obs"] < 0.5 * min(e for n, e in errors.items() if n != "prune.obs")
 
 
+def test_obs_takes_from_each_layer_what_it_is_told_to(chain):
+    """As many as magnitudes would, by default; by Fisher information as many as prune.fisher."""
+    program, context, _ = chain
+    for allocation in ("magnitude", "fisher"):
+        guide = (
+            method_class(f"prune.{allocation}")(ratio=0.6).apply(program, Sites(), context).program
+        )
+        kept = (
+            Obs(ratio=0.6, allocation=allocation).apply(program, Sites(), context).resolved["kept"]
+        )
+        if allocation == "magnitude":
+            assert kept == {name: int((guide.tensor(name) != 0).sum()) for name in kept}
+        assert sum(kept.values()) == sum(int((guide.tensor(n) != 0).sum()) for n in kept)
+
+
 def test_global_magnitude_is_that_of_torch(chain):
     program, context, _ = chain
     made = Magnitude(ratio=0.5).apply(program, Sites(), context).program

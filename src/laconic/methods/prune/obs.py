@@ -4,7 +4,7 @@ Idea: layer by layer, front to back, each layer is first fitted by least squares
 inputs the pruned network gives it, it does what it did in the network before; then its weights are
 dropped by what that costs after the best repair, and the others of the row are solved for. A batch
 norm behind it takes the new statistics. No labels, no training. With `scope: global` the parts of
-the layers follow from one threshold on the Fisher information, so that each loses what harms least.
+the layers follow from one threshold for all: on magnitudes, or on the Fisher information.
 
 Papers: Hassibi & Stork 1993; ExactOBS (Frantar & Alistarh 2022, arXiv 2208.11580) for layers where
 it is affordable, SparseGPT (2023, arXiv 2301.00774) for larger ones; asymmetric refit as in He et
@@ -12,18 +12,23 @@ al. 2017 (arXiv 1707.06168).
 
 Helps: convolutions and linear layers at 70 to 90 %, where magnitudes break down. Zeros last when
 training goes on.
+`allocation: fisher` does not depend on how a network happens to scale its layers, but it counts
+nothing of what is repaired and starves the last layers: a ResNet-20 with 80 and 90 % zeros, nothing
+trained, is right on 84 and 66 % of 1,000 validation images with it, on 87 and 74 % with magnitudes
+(zeros by magnitude alone, batch norm measured anew: 77 and 49 %).
 Does not: dense runtimes are not faster for it, files are smaller; embeddings and transposed
 convolutions stay. Grouped convolutions and weights that several layers read are pruned and repaired
 from their own inputs, before the others. Too few samples for a layer's columns are noted: the
 ridge, chosen on held-out halves of the data, then keeps it close to its old weights.
 
 Cost: one pass over `samples` in two networks side by side, and for each layer of n columns and m
-rows about 8 m n^3 multiply-adds (exact) or n^3 + m n^2 (sweep). `solver: sweep` with 256 samples
-prunes a ResNet-20 in 10 seconds of one core. `scope: global` adds a backward pass over the samples.
+rows at most 8 m n^3 multiply-adds (exact) or n^3 + m n^2 (sweep). A ResNet-20 with 256 samples at
+80 % takes 16 seconds of one core, 7 of them in the exact solver; `solver: sweep` saves these and
+costs 1.4 points. `allocation: fisher` adds a backward pass over the samples.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -43,9 +48,11 @@ class Obs(Method):
         ratio: part of the weights that goes, from 0 to below 1.
         count: keep so many weights; takes the place of `ratio`.
         scope: "global": `ratio` and `count` hold for all tensors together, "tensor" for each.
+        allocation: what decides the parts of the tensors with `scope: global`: "magnitude" or
+            "fisher".
         solver: "exact", "sweep", or "auto": exact where a layer is small enough for it.
         samples: calibration samples, unlabelled, at most.
-        temperature: the predictions' logits are divided by it before drawing targets.
+        temperature: for "fisher": logits are divided by it before drawing targets.
         kept: tensor → how many of its weights stay, in place of everything that chooses them (a
             replay has it).
     """
@@ -55,6 +62,7 @@ class Obs(Method):
     ratio: float = Field(default=0.5, ge=0, lt=1)
     count: int | None = Field(default=None, ge=1)
     scope: Scope = "global"
+    allocation: Literal["magnitude", "fisher"] = "magnitude"
     solver: Solver = "auto"
     samples: int = Field(default=1024, ge=1)
     temperature: float = Field(default=4.0, gt=0)
@@ -85,5 +93,6 @@ class Obs(Method):
         options = {"count": self.count} if self.count is not None else {"ratio": self.ratio}
         amount = Amount(scope=self.scope, **options)  # pyright: ignore[reportArgumentType]
         shares = self.scope == "global" and len(work.names) > 1
-        scores = scored("fisher" if shares and self.ratio > 0 else "l1", work, data)
+        looks = shares and self.ratio > 0 and self.allocation == "fisher"
+        scores = scored("fisher" if looks else "l1", work, data)
         return {name: int(keep.sum()) for name, keep in amount.kept(scores).items()}
