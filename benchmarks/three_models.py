@@ -36,7 +36,7 @@ from laconic.solvers import placement, together
 from laconic.storage import predict
 
 TASKS = ("grey", "fashion", "mnist")
-TUNE: dict[str, Any] = {"steps": 700, "batch": 128, "lr": 0.01, "head": 0.05}
+TUNE: dict[str, Any] = {"steps": 700, "batch": 128, "lr": 0.015, "head": 0.05}
 SHARE: dict[str, Any] = {
     "method": "share.models", "bits": 8, "size": 1.28, "steps": 600, "lr": 0.01, "optimizer": "sgd",
     "weight_decay": 0.0,
