@@ -1,6 +1,7 @@
 """What `share.models` promises: every model comes back, what is equal is stored once, honest bytes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -136,9 +137,11 @@ def test_members_are_what_the_chosen_program_computes(tmp_path):
 
 def test_equal_models_cost_nothing_more(tmp_path):
     _, programs, files, context, _ = setting(tmp_path, shares=(0.0, 0.0))
-    outcome = Models(others=files).apply(programs["first"], Sites(), context)
-    assert members.names(outcome.program) == ()
-    assert outcome.figures["ratio"] == 1.0
+    for options in ({}, {"steps": 1}):
+        outcome = Models(others=files, **options).apply(programs["first"], Sites(), context)
+        assert members.names(outcome.program) == ()
+        assert outcome.figures["ratio"] == 1.0
+        assert any("one that stands for all" in note for note in outcome.notes)
 
 
 def test_heads_of_other_widths(tmp_path):
@@ -195,6 +198,35 @@ def test_each_model_learns_from_its_own_data(tmp_path):
 
     assert away(trained.program) < away(plain)
     assert trained.figures["training"]["steps"] == 40
+
+
+def test_training_is_without_dropout_unless_it_is_wanted(tmp_path):
+    def trained(dropout, share, **options):
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 16), nn.Dropout(share), nn.Linear(16, 4)]
+        program = capture(nn.Sequential(*layers).eval(), torch.randn(4, 6))
+        other = program.clone()
+        other.set_tensor("0.bias", other.tensor("0.bias") + 0.1)
+        storage.save(other, tmp_path / "other.laconic")
+        context = Context(task=own_outputs(program), original=program, **options)
+        method = Models(others=[str(tmp_path / "other.laconic")], steps=3, dropout=dropout,
+                        lr=0.1, precision="fp32")  # fmt: skip
+        return method.apply(program, Sites(), context).program.tensor("2.weight")
+
+    assert torch.equal(trained(False, 0.5), trained(False, 0.1))
+    assert not torch.equal(trained(True, 0.5), trained(True, 0.1))
+
+
+def test_the_state_of_another_first_model_is_not_taken_up(tmp_path):
+    _, programs, files, context, _ = setting(tmp_path)
+    kept = dataclasses.replace(context, workdir=tmp_path / "state")
+    options = {"others": files, "steps": 2, "precision": "fp32"}
+    Models(**options).apply(programs["first"], Sites(), kept)
+    other = programs["first"].clone()
+    other.set_tensor("head.bias", other.tensor("head.bias") + 1)
+    found, wanted = (Models(**options).apply(other, Sites(), c) for c in (kept, context))
+    for name, tensor in wanted.program.tensors():
+        assert torch.equal(found.program.tensor(name), tensor), name
 
 
 def test_a_member_goes_on_alone(tmp_path):

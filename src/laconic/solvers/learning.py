@@ -1,7 +1,5 @@
 """Learning from the original: the options, the objective and the run that methods share."""
 
-import hashlib
-import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from laconic.core.task import Loader, Task
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import teacher as teachers
+from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, Kind, kind_for
 from laconic.training.evaluation import labelled, mean_loss, mean_score
 from laconic.training.loop import Job, Objective, Trained, train
@@ -123,6 +122,7 @@ class Learning(Plan):
         """
         plan = self.plan().settled(student, course.device, Processes.current().count)
         pairs = self._pairs(student, course)
+        told = [self.model_dump(mode="json"), list(names), course.seed]
         with ExitStack() as stack:
             objective, runs_in, notes = self._objective(stack, student, course, plan, pairs)
             stack.enter_context(_only(student, names))
@@ -138,7 +138,7 @@ class Learning(Plan):
                 device=course.device,
                 progress=course.progress,
                 folder=course.folder,
-                identity=self._identity(program, names, course.seed),
+                identity=identity_of(told, [program]),
                 **more,
             )
             trained = train(job)
@@ -194,15 +194,6 @@ class Learning(Plan):
         if self.features == 0:
             return {}
         return matched(student, course.original.clone(), self.nodes)
-
-    def _identity(self, program: Program, names: Sequence[str], seed: int) -> str:
-        digest = hashlib.sha256(program.graph.python_code("self").src.encode())
-        digest.update(json.dumps([self.model_dump(mode="json"), list(names), seed]).encode())
-        for name, tensor in program.tensors():
-            digest.update(name.encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(values.numpy().tobytes())
-        return digest.hexdigest()
 
 
 def trainable(program: Program, sites: Sites) -> list[str]:

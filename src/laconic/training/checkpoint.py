@@ -1,8 +1,9 @@
 """The state of a training run on disk: one safetensors file, replaced only by a complete one."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from laconic.core.errors import StorageError
+from laconic.program.program import Program
 
 FILE = "training.safetensors"
 _VERSION = 1
@@ -56,6 +58,23 @@ class Checkpoint:
             raise OSError(str(error)) from error
         finally:
             new.unlink(missing_ok=True)
+
+
+def identity_of(told: Any, programs: Iterable[Program]) -> str:
+    """What tells a run from others: its options, and the graphs and values of its Programs.
+
+    Args:
+        told: JSON.
+        programs: that the run begins with.
+    """
+    digest = hashlib.sha256(json.dumps(told).encode())
+    for program in programs:
+        digest.update(program.graph.python_code("self").src.encode())
+        for name, tensor in program.tensors():
+            digest.update(name.encode())
+            values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read(folder: Path, identity: str) -> Checkpoint | None:

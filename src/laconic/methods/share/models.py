@@ -42,6 +42,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import placement, together
 from laconic.solvers.together import Together
+from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, kind_for
 from laconic.training.loop import Forward, Job, Loss, Trained, train
 from laconic.training.plan import Plan
@@ -182,7 +183,7 @@ class Models(Plan, Method):
         self, work: "_Work", models: Mapping[str, Program], context: Context
     ) -> Trained | None:
         """Train the shared space and the differences towards the separate models."""
-        if not self._trains():
+        if not self._trains() or not members.names(work.made.program):
             return None
         student = work.made.program.train()
         plan = Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
@@ -204,7 +205,7 @@ class Models(Plan, Method):
                 device=context.device,
                 progress=context.progress,
                 folder=context.workdir,
-                identity=hashlib.sha256(repr(told).encode()).hexdigest(),
+                identity=identity_of(told, models.values()),
             )
         )
         work.resolved |= trained.plan.model_dump(mode="json", exclude={"save_every"})
@@ -225,10 +226,13 @@ class Models(Plan, Method):
         }  # fmt: skip
         if trained is not None:
             figures["training"] = {"steps": trained.plan.steps, "seconds": trained.seconds}
+        each = "laconic.members gives each"
+        if not members.names(program):
+            each = "they are the same up to `error`, so it is one that stands for all"
         notes = [
             *work.made.notes,
             f"{len(models)} models take {after} bytes, {after / work.alone:.3f} times "
-            f"{self.called!r} alone on a grid of {self.bits} bits; laconic.members gives each",
+            f"{self.called!r} alone on a grid of {self.bits} bits; {each}",
             "runtimes get the dense tensors of one model at a time: the gain is in bytes",
         ]
         if self.size is not None and after > self.size * work.alone:
@@ -277,7 +281,9 @@ class _Lesson:
 
     def _part(self, name: str) -> tuple[Program, Distillation]:
         """One model of the joint Program, over the very same tensors, and what teaches it."""
-        part = members.switched(_over(self._student), name).train()
+        part = members.switched(_over(self._student), name)
+        part.dropout = self._student.dropout
+        part.train()
         task: Task = self._context.task
         device = self._context.device
         teacher = Original(self._models[name], (), device, self._precision)
