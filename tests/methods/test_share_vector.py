@@ -7,6 +7,7 @@ from torch import nn
 
 from laconic import storage
 from laconic.core.errors import DataError, RecipeError
+from laconic.core.task import classification
 from laconic.engine.writeback import write_back
 from laconic.forms import build, vectors
 from laconic.methods.base import Context
@@ -164,6 +165,18 @@ def test_vectors_train_and_export():
     assert not any("laconic" in str(node.target) for node in module.graph.nodes)
     assert cost(made).macs == cost(program).macs
     assert all(group.frozen for group in groups(made) if "conv" in group.name)
+
+
+def test_what_the_data_never_excite_still_gets_the_closest_vector():
+    """Half of the inputs are always 0: no reason to store nonsense for their weights."""
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 64).eval()
+    program = capture(layer, torch.randn(4, 32))
+    batch = torch.cat([torch.randn(64, 16), torch.zeros(64, 16)], 1)
+    context = Context(task=classification(calibration=[batch]), original=program)
+    outcome = Vector(dim=4, codewords=16, weighted="hessian").apply(program, Sites(), context)
+    away = form_of(outcome.program, "weight").decode() - layer.weight
+    assert away[:, 16:].norm() < layer.weight[:, 16:].norm()  # 0.5 of it; any vector: sqrt(2)
 
 
 def test_what_it_cannot_do_it_says():

@@ -40,6 +40,7 @@ from laconic.statistics.batches import Batches
 from laconic.statistics.gradients import sampled_loss
 
 _BATCH = 32
+_FLOOR = 1e-4  # least that an error counts, in parts of the mean
 
 
 class Vector(Method):
@@ -157,6 +158,9 @@ class Vector(Method):
             if name not in work.counted or not bool(work.counted[name].any()):
                 work.notes.append(f"{name}: found unweighted, the data say nothing about it")
                 work.counted.pop(name, None)
+            else:  # what the data never excite still wants the closest vector
+                share = work.counted[name]
+                work.counted[name] = share.clamp(min=_FLOOR * float(share.double().mean()))
 
     # replacing ------------------------------------------------------------------------------
 
