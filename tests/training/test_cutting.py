@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from laconic.core.errors import TrainingError
 from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.surgery import cut, cut_, sliced
@@ -154,3 +155,19 @@ def test_states_before_the_cut_are_not_kept(sample, task, net):
     got = train(dataclasses.replace(diverged, objective=exploding))
     assert got.best_step == 3
     assert all(bool(t.isfinite().all()) for t in sample.tensors(diverged.program).values())
+
+
+def test_a_network_that_is_not_yet_cut_to_the_end_is_no_result(sample, task, net):
+    class Unfinished(Cutter):
+        def judged(self, step):
+            return step >= 6
+
+    job = sample.make_job(net, task, PLAN, attendant=Unfinished(), score=None)
+    inner = job.objective
+
+    def exploding(forward, batch, number):
+        loss = inner(forward, batch, number)
+        return dataclasses.replace(loss, value=loss.value * float("nan")) if number == 4 else loss
+
+    with pytest.raises(TrainingError, match="before any state worth keeping"):
+        train(dataclasses.replace(job, objective=exploding))

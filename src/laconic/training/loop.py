@@ -317,19 +317,17 @@ class _Run:
     def _diverged(self, loss: float) -> None:
         self.state.ended = True
         place = f"step {self.state.step + 1} of {self.plan.steps}"
-        if self.state.best_step == self.job.start:
+        best = self.state.best_step
+        if best == self.job.start or not self.state.attendant.judged(best):
             raise TrainingError(
                 f"the loss became {loss} at {place}, before any state worth keeping",
                 where="training",
                 hint=f"take a lower lr than {self.plan.lr:g}, a longer warmup, or check the data",
             )
-        self.notes.append(
-            f"the loss became {loss} at {place}; the state of step {self.state.best_step} was kept"
-        )
+        self.notes.append(f"the loss became {loss} at {place}; the state of step {best} was kept")
 
     def _show(self, bar: Bar, loss: float, left: float) -> None:
-        score = self.state.best_score
-        best = "" if score is None else f", best {score:.4g}"
+        best = "" if (score := self.state.best_score) is None else f", best {score:.4g}"
         bar.advance(1, f"loss {loss:.4f}{best}, {clock(left)} left")
 
     def _keep(self, stop: bool) -> None:
