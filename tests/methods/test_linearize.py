@@ -133,6 +133,16 @@ def test_the_budget_is_kept_and_a_replay_is_the_same():
         assert torch.equal(one, two)
 
 
+def test_a_line_is_fitted_for_whatever_is_named():
+    """Also for an activation that the method would not have chosen itself."""
+    program = made(nn.Sequential(*[Block(nn.ReLU(), 1) for _ in range(2)]), 4, 8, 8)
+    assert not applied(program, rise=None, count=1).resolved["drop"], "no pair is cheaper as one"
+    named = applied(program, drop=["relu"])
+    free = applied(program, drop=["relu"], merge="never")
+    for one, two in zip(outputs(named.program), outputs(free.program), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_bad_input_is_refused_in_words():
     program = made(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), 6)
     with pytest.raises(RecipeError, match="relu_7"):

@@ -221,6 +221,7 @@ def test_nothing_to_do_is_said(program):
     made = run(program, ratio=0.0)
     assert same(made.program, program)
     assert "nothing is to go" in made.notes
+    assert made.resolved["ratio"] == 0, "a replay does nothing, too"
 
 
 @pytest.mark.parametrize(

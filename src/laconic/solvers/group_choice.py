@@ -19,7 +19,7 @@ from laconic.solvers.allocate import Costs, Scope, allocate, choice
 from laconic.solvers.elimination import Removal
 from laconic.solvers.importance.base import Scene
 from laconic.solvers.selection import NARROW, Keep, Wish
-from laconic.statistics.batches import Batches
+from laconic.statistics.batches import Batches, Flat, told_nothing
 from laconic.statistics.gradients import sampled_loss
 
 Of = Literal["channels", "macs", "parameters"]
@@ -91,9 +91,10 @@ class Choosing:
         if not names or not self.ratio:
             return {}
         score = selection.load(importance)
-        batches: Sequence[Sequence[torch.Tensor]] = ()
+        batches: Sequence[Flat] = ()
         if score.needs_data:
             batches = list(Batches(self.program, task, samples=samples, device=device, size=_BATCH))
+            self.notes += told_nothing(batches)
         generator = torch.Generator().manual_seed(seed)
         loss = sampled_loss(task, generator, _TEMPERATURE)
         scene = Scene(self.program, (), batches, loss, seed, progress, self.notes)

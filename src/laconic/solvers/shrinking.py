@@ -25,7 +25,7 @@ from laconic.solvers.latency_budget import Goal
 from laconic.solvers.recalibrate import norms
 from laconic.solvers.selection import Keep, Wish
 from laconic.solvers.stopwatch import Stopwatch, Timer
-from laconic.statistics.batches import Batches, Flat
+from laconic.statistics.batches import Batches, Flat, told_nothing
 from laconic.statistics.convoy import affordable
 from laconic.statistics.gradients import sampled_loss
 
@@ -209,10 +209,7 @@ class Shrinking:
                 size=_BATCH,
             )  # fmt: skip
             self._batches = list(held)
-            if all(_constant(batch) for batch in self._batches):
-                self.notes.append(
-                    "every calibration sample is the same constant: scores and refits mean nothing"
-                )
+            self.notes += told_nothing(self._batches)
         return self._batches
 
     def finish(self, keep: Keep) -> Shrunk:
@@ -247,7 +244,3 @@ def _ready(program: Program, device: torch.device) -> Program:
 
 def _device(program: Program) -> torch.device:
     return next((tensor.device for _, tensor in program.tensors()), torch.device("cpu"))
-
-
-def _constant(batch: Flat) -> bool:
-    return all(bool((t == t.flatten()[:1]).all()) for t in batch if t.numel())

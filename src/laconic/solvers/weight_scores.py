@@ -83,7 +83,12 @@ def scored(kind: Kind, work: Pruning, data: Calibration) -> dict[str, Tensor]:
             return {}
         return wanda(work.bare, readers, batches, data.seed, data.progress, work.notes)
     batches = data.batches(work.bare, GRADIENT_BATCH)
-    return from_gradients(work.bare, work.names, batches, data.loss(), kind, data.progress)
+    found = from_gradients(work.bare, work.names, batches, data.loss(), kind, data.progress)
+    work.notes += [
+        f"{name}: its gradients are all zero, the data say that none of it matters"
+        for name, score in found.items() if not bool(score.any())
+    ]  # fmt: skip
+    return found
 
 
 def magnitudes(

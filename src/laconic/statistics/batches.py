@@ -1,6 +1,6 @@
 """A task's calibration data as the flat inputs of a Program, checked and cut to a sample count."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,17 @@ def cut(program: Program, flat: Flat, start: int, end: int) -> Flat:
                 tensor = tensor.narrow(dim, start, end - start)
         parts.append(tensor)
     return tuple(parts)
+
+
+def told_nothing(batches: Iterable[Flat]) -> list[str]:
+    """A sentence for the outcome if all samples are constants, else none."""
+    if not all(_constant(batch) for batch in batches):
+        return []
+    return ["every calibration sample is the same constant: scores and refits mean nothing"]
+
+
+def _constant(batch: Flat) -> bool:
+    return all(bool((t == t.flatten()[:1]).all()) for t in batch if t.numel())
 
 
 def _sliceable(program: Program) -> bool:

@@ -102,7 +102,11 @@ class Dynamic(Learning, Method):
             names = [group.name for group in found]
         if not names or (self.replay is None and not self.ratio):
             said = [f"{group.name}: {group.frozen}" for group in found.frozen]
-            return Outcome(program=program.clone(), notes=[*said, "nothing is to go"])
+            return Outcome(
+                program=program.clone(),
+                resolved=self.model_dump(mode="json", exclude_defaults=True),
+                notes=[*said, "nothing is to go"],
+            )
         whole = CostModel(student, found)
         shedding = self._shedding(names, context)
         course = Course(

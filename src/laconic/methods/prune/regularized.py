@@ -113,7 +113,7 @@ class Regularized(Learning, Method):
         scope = "tensor" if self.scope == "layer" else "global"
         keep = Amount(ratio=self.ratio, scope=scope).kept(magnitudes(work.weights(), "l1"))
         if all(bool(stays.all()) for stays in keep.values()):
-            return Outcome(program=program.clone(), notes=[*work.notes, "nothing is to go"])
+            return self._nothing(program, work.notes)
         assert self.penalty != "group"
         fading = FadingWeights(keep, self.penalty, self.fade, self.pace)
         learned = self._learn(program, work.program.train(), fading, context)
@@ -126,7 +126,7 @@ class Regularized(Learning, Method):
         found = groups(dense)
         keep, block, notes = self._choose(dense, found, sites, context)
         if not keep:
-            return Outcome(program=program.clone(), notes=[*notes, "nothing is to go"])
+            return self._nothing(program, notes)
         fading = FadingGroups(keep, self.fade, self.pace)
         learned = self._learn(program, student.train(), fading, context)
         chosen = {"keep": {name: kept.tolist() for name, kept in keep.items()}, "block": block}
@@ -146,6 +146,7 @@ class Regularized(Learning, Method):
         """Kept indices, the block that was used, and what to know about it."""
         if self.keep is not None:
             held = {name: torch.tensor(kept) for name, kept in sorted(self.keep.items())}
+            found.kept(held)  # refuses what does not fit
             return held, self.block, []
         wanted = bool(self.ratio and selection.chosen(found, sites))
         choosing = group_choice.Choosing(
@@ -178,6 +179,11 @@ class Regularized(Learning, Method):
             folder=context.workdir,
         )
         return self.learn(program, student, trainable(student, _ALL), course, attendant=fading)
+
+    def _nothing(self, program: Program, notes: list[str]) -> Outcome:
+        own = self.model_dump(mode="json", exclude_defaults=True)
+        notes = [*notes, "nothing is to go"]
+        return Outcome(program=program.clone(), resolved=own, notes=notes)
 
     def _outcome(
         self,

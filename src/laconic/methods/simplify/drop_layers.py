@@ -31,7 +31,7 @@ from laconic.program.sites import Sites
 from laconic.solvers import branch_importance, branch_removal
 from laconic.solvers.residual import Branch, branches
 from laconic.solvers.task_loss import TaskLoss
-from laconic.statistics.batches import Batches, Flat
+from laconic.statistics.batches import Batches, Flat, told_nothing
 
 _BATCH = 64
 
@@ -86,6 +86,8 @@ class DropLayers(Method):
             scores = self._scores(work, units, batches, context) if wanted else {}
             gone = [name for name in sorted(scores, key=scores.__getitem__)[:wanted]]
             names = [b.name for unit in units if _label(unit) in gone for b in unit]
+            if scores and self.importance not in ("l1", "l2"):
+                notes += told_nothing(batches.get())
             if found and not wanted:
                 notes.append(f"nothing to drop: {self._asked()} of {len(units)} units is none")
         else:

@@ -34,7 +34,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.activations import Activation, LinearFit, activations, linearise, merge
 from laconic.solvers.task_loss import TaskLoss
-from laconic.statistics.batches import Batches
+from laconic.statistics.batches import Batches, told_nothing
 from laconic.statistics.collect import collect
 from laconic.statistics.layers import layers
 
@@ -89,11 +89,15 @@ class Linearize(Method):
                 raise RecipeError(
                     f"no activation is named {name!r}", hint=nearest(name, [o.name for o in found])
                 )
-        lines = self._lines(work, able, context)
+        wanted = able if self.drop is None else [one for one in found if one.name in names]
+        device = next((t.device for _, t in work.tensors()), None)
+        data = Batches(work, context.task, samples=self.samples, device=device, size=_BATCH)
+        lines = self._lines(work, wanted, data, context)
         if self.drop is None:
             search = _Search(self, work, lines, context)
             names = search.run([one.name for one in able if one.name in chosen])
             losses = search.losses
+            notes += told_nothing(data) if losses else []
         made, merged, told = self.without(work, names, lines)
         if not names:
             notes.append(
@@ -133,12 +137,12 @@ class Linearize(Method):
                 )
         return notes
 
-    def _lines(self, program: Program, able: Sequence[Activation], context: Context) -> Lines:
-        if self.line == "identity" or not able:
+    def _lines(
+        self, program: Program, wanted: Sequence[Activation], data: Batches, context: Context
+    ) -> Lines:
+        if self.line == "identity" or not wanted:
             return {}
-        device = next((t.device for _, t in program.tensors()), None)
-        data = Batches(program, context.task, samples=self.samples, device=device, size=_BATCH)
-        fits = {one.name: LinearFit(one.node, one.axis) for one in able}
+        fits = {one.name: LinearFit(one.node, one.axis) for one in wanted}
         requests = {name: (name, "input 0", fit) for name, fit in fits.items()}
         collect(program, data, requests, context.progress)
         return {name: fit.line() for name, fit in fits.items()}
