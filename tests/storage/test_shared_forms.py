@@ -124,3 +124,27 @@ def test_a_choice_that_does_not_fit_is_refused_by_name(file, tmp_path):
     storage.save(program, tmp_path / "m.laconic")
     with pytest.raises(StorageError, match="model 2 of 2"):
         storage.load(tmp_path / "m.laconic")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "code"),
+    [
+        ("share.vector", {"dim": 2, "codewords": 3}, 200),
+        ("share.cluster", {"clusters": 4}, 100),
+        ("share.cluster", {"clusters": 4, "per": "channel"}, 100),
+    ],
+)
+def test_numbers_beyond_the_list_are_refused_by_name(method, options, code, tmp_path):
+    torch.manual_seed(0)
+    program = capture(nn.Sequential(nn.Linear(24, 32), nn.ReLU()).eval(), torch.randn(2, 24))
+    context = Context(task=None, original=program)
+    forged = method_class(method)(**options).apply(program, Sites(), context).program
+    storage.save(forged, tmp_path / "good.laconic")
+    storage.load(tmp_path / "good.laconic")
+    codes = forged.tensor("0.weight").clone()
+    assert not codes.is_floating_point()
+    codes.view(-1)[0] = code
+    forged.set_tensor("0.weight", codes)
+    storage.save(forged, tmp_path / "forged.laconic")
+    with pytest.raises(StorageError, match=rf"0\.weight: numbers from .* to {code} of values"):
+        storage.load(tmp_path / "forged.laconic")

@@ -250,5 +250,31 @@ def _program(
         sparse=_sparse(content.get("sparse", []), held),
     )
     shapes.propagate(program)
+    _check_codes(program)
     program.recompile()
     return program
+
+
+def _check_codes(program: Program) -> None:
+    """Refuse numbers that point beyond what they choose from.
+
+    Raises:
+        StorageError: names the tensor, what was found and what there is.
+    """
+    for node in program.graph.nodes:
+        if node.target not in (LOOKUP, VECTORS) or any(s.op != "get_attr" for s in node.args[:2]):
+            continue
+        codes, values = (program.tensor(str(source.target)) for source in node.args[:2])
+        first, count = 0, len(values)
+        if node.target is LOOKUP:
+            first, count = int(node.args[4]), values.shape[-1]
+            codes = codes[codes != 0] if node.args[5] else codes
+        if not codes.numel():
+            continue
+        least, most = int(codes.min()), int(codes.max())
+        if least < first or most >= first + count:
+            raise StorageError(
+                f"numbers from {least} to {most} of values that are numbered "
+                f"{first} to {first + count - 1}",
+                where=str(node.args[0].target),
+            )
