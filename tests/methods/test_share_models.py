@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from laconic import storage
-from laconic.core.errors import RecipeError, StorageError, SurgeryError
+from laconic.core.errors import DataError, RecipeError, StorageError, SurgeryError
 from laconic.core.task import classification
 from laconic.engine.writeback import write_back
 from laconic.methods.base import Context, method_of
@@ -215,6 +215,17 @@ def test_training_is_without_dropout_unless_it_is_wanted(tmp_path):
 
     assert torch.equal(trained(False, 0.5), trained(False, 0.1))
     assert not torch.equal(trained(True, 0.5), trained(True, 0.1))
+
+
+def test_steps_of_several_batches_for_some_models_only_are_refused(tmp_path):
+    """Batch normalisation would take one model's moments for another's."""
+    _, programs, files, context, x = setting(tmp_path)
+    task = classification(train=[{"first": x}, {"tune0": x, "tune1": x}])
+    mixed = dataclasses.replace(context, task=task)
+    options = {"others": files, "steps": 1, "precision": "fp32"}
+    Models(**options).apply(programs["first"], Sites(), mixed)
+    with pytest.raises(DataError, match="training batch 0: a batch for .* only, and 2 batches"):
+        Models(**options, accumulate=2).apply(programs["first"], Sites(), mixed)
 
 
 def test_the_state_of_another_first_model_is_not_taken_up(tmp_path):

@@ -33,7 +33,7 @@ from pydantic import Field, field_validator
 from torch import fx, nn
 
 from laconic import storage
-from laconic.core.errors import RecipeError
+from laconic.core.errors import DataError, RecipeError
 from laconic.core.task import Task
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program import members
@@ -52,6 +52,7 @@ from laconic.training.teacher import Original
 _ROUNDS = 8
 _FINEST, _COARSEST = 1e-3, 2.0
 _GROWTH = 0.02  # what training adds to a file, in parts of it: some zeros become differences
+_NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
@@ -188,7 +189,7 @@ class Models(Plan, Method):
         student = work.made.program.train()
         plan = Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
         plan = plan.settled(student, context.device, Processes.current().count)
-        lesson = _Lesson(student, models, context, plan.precision, self.temperature)
+        lesson = _Lesson(student, models, context, plan, self.temperature)
         floats = [
             name for name, tensor in student.tensors()
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad
@@ -258,11 +259,11 @@ class _Lesson:
         student: Program,
         models: Mapping[str, Program],
         context: Context,
-        precision: str,
+        plan: Plan,
         temperature: float,
     ) -> None:
         self._student, self._models, self._context = student, models, context
-        self._precision, self._temperature = precision, temperature
+        self._plan, self._temperature = plan, temperature
         self._parts: dict[str, tuple[Program, Distillation]] = {}
 
     def __call__(self, forward: Forward, batch: Any, number: int) -> Loss:
@@ -271,6 +272,14 @@ class _Lesson:
         if not self._parts:  # here, because the loop has moved the tensors by now
             self._parts = {name: self._part(name) for name in self._models}
         own = isinstance(batch, Mapping) and bool(batch) and set(batch) <= set(self._models)
+        some = own and len(batch) < len(self._models)
+        if some and self._plan.accumulate != 1 and _normalises(self._student):
+            raise DataError(
+                f"a batch for {', '.join(batch)} only, and {self._plan.accumulate} batches a step",
+                where=f"training batch {number}",
+                hint="give every batch all models, or accumulate: 1: normalisations of several "
+                "models cannot be merged",
+            )
         found = [
             lesson(part.run_flat, batch[name] if own else batch, number)
             for name, (part, lesson) in self._parts.items()
@@ -286,13 +295,17 @@ class _Lesson:
         part.train()
         task: Task = self._context.task
         device = self._context.device
-        teacher = Original(self._models[name], (), device, self._precision)
+        teacher = Original(self._models[name], (), device, self._plan.precision)
         outputs: Any = part.output_node.args[0]
         lesson = Distillation(
             task=task, student=part, teacher=teacher, outputs=len(outputs), device=device,
             kind=kind_for(task), temperature=self._temperature,
         )  # fmt: skip
         return part, lesson
+
+
+def _normalises(program: Program) -> bool:
+    return any(node.target in _NORMS for node in program.graph.nodes)
 
 
 def _over(program: Program) -> Program:
