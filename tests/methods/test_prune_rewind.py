@@ -1,5 +1,7 @@
 """prune.rewind: what goes in a round, what is gone back to, replay and resume bit for bit."""
 
+import dataclasses
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -235,6 +237,17 @@ def test_progress_names_the_rounds(program, task):
         "round 1 of 2: 40.0% of the weights are zero",
         "round 2 of 2: 60.0% of the weights are zero",
     ]
+
+
+def test_what_every_round_says_stands_once(program, task, monkeypatch):
+    learn = Rewind.learn
+
+    def noting(self, *args, **options):
+        return dataclasses.replace(learn(self, *args, **options), notes=["said"])
+
+    monkeypatch.setattr(Rewind, "learn", noting)
+    outcome = apply(program, task)
+    assert [note for note in outcome.notes if "said" in note] == ["round 1: said"]
 
 
 def test_levels():

@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -22,6 +22,23 @@ from laconic.training.loop import Job, Objective, Trained, train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 from laconic.training.taps import matched, tapped
+
+
+class Setting(Protocol):
+    """What a method's context says, as far as it is used here."""
+
+    @property
+    def task(self) -> Task: ...
+    @property
+    def original(self) -> Program: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def progress(self) -> Progress: ...
+    @property
+    def workdir(self) -> Path | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +60,18 @@ class Course:
     device: torch.device = torch.device("cpu")
     progress: Progress = SILENT
     folder: Path | None = None
+
+    @classmethod
+    def of(cls, context: Setting, part: str = "") -> "Course":
+        """That of a method's context; `part` names a folder of its own in the working folder."""
+        return cls(
+            task=context.task,
+            original=context.original,
+            seed=context.seed,
+            device=context.device,
+            progress=context.progress,
+            folder=None if context.workdir is None else context.workdir / part,
+        )
 
     @property
     def loader(self) -> Loader:

@@ -39,14 +39,7 @@ class Logits(Learning, Method):
         names = trainable(student, sites)
         if not names:
             return Outcome(program=program.clone(), notes=["there is no float parameter to train"])
-        course = Course(
-            task=context.task,
-            original=context.original,
-            seed=context.seed,
-            device=context.device,
-            progress=context.progress,
-            folder=context.workdir,
-        )
+        course = Course.of(context)
         learned = self.learn(program, student, names, course)
         made = freeze(student) if is_frozen(program) else student
         own = self.model_dump(mode="json", exclude_defaults=True)

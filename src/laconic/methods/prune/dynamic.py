@@ -109,14 +109,7 @@ class Dynamic(Learning, Method):
             )
         whole = CostModel(student, found)
         shedding = self._shedding(names, context)
-        course = Course(
-            task=context.task,
-            original=context.original,
-            seed=context.seed,
-            device=context.device,
-            progress=context.progress,
-            folder=context.workdir,
-        )
+        course = Course.of(context)
         student.train()
         learned = self.learn(
             program, student, trainable(student, _ALL), course, shedding.around, attendant=shedding

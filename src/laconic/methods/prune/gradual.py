@@ -104,14 +104,7 @@ class Gradual(Learning, Method):
             return Outcome(program=work.finish(), notes=work.notes, figures=work.figures)
         student, pruned = work.program, [n for n in work.names if n in work.program.sparse]
         student.sparse -= set(work.names)  # the masks say what is held while they move
-        course = Course(
-            task=context.task,
-            original=context.original,
-            seed=context.seed,
-            device=context.device,
-            progress=context.progress,
-            folder=context.workdir,
-        )
+        course = Course.of(context)
         masks = MovingMasks(work.names, self._rule(), choose, pruned)
         names = trainable(student, Sites())
         learned = self.learn(program, student.train(), names, course, attendant=masks)

@@ -170,15 +170,8 @@ class Regularized(Learning, Method):
     def _learn(
         self, program: Program, student: Program, fading: Fading, context: Context
     ) -> Learned:
-        course = Course(
-            task=context.task,
-            original=context.original,
-            seed=context.seed,
-            device=context.device,
-            progress=context.progress,
-            folder=context.workdir,
-        )
-        return self.learn(program, student, trainable(student, _ALL), course, attendant=fading)
+        names, course = trainable(student, _ALL), Course.of(context)
+        return self.learn(program, student, names, course, attendant=fading)
 
     def _nothing(self, program: Program, notes: list[str]) -> Outcome:
         own = self.model_dump(mode="json", exclude_defaults=True)

@@ -169,16 +169,7 @@ class _Rounds:
         return {n: stays & (weights[n] != 0) if n in pruned else stays for n, stays in keep.items()}
 
     def _train(self, student: Program, number: int, **more: Any) -> Learned:
-        context = self.context
-        folder = None if context.workdir is None else context.workdir / f"round {number}"
-        course = Course(
-            task=context.task,
-            original=context.original,
-            seed=context.seed,
-            device=context.device,
-            progress=context.progress,
-            folder=folder,
-        )
+        course = Course.of(self.context, f"round {number}")
         begun, names = student.clone(), trainable(student, Sites())
         learned = self.method.learn(begun, student.train(), names, course, **more)
         steps = learned.trained.plan.steps or 0
@@ -190,7 +181,8 @@ class _Rounds:
                 hint="rewind to an earlier step, or train longer",
             )
         self.method = self.method.model_copy(update=dict(learned.resolved))
-        self.notes += [f"round {number}: {n}" for n in learned.notes if n not in self.notes]
+        told = [note.partition(": ")[2] for note in self.notes]
+        self.notes += [f"round {number}: {note}" for note in learned.notes if note not in told]
         return learned
 
 
