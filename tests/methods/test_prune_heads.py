@@ -150,6 +150,7 @@ def test_a_network_without_attention_is_told_so():
     [
         ({"ratio": 1.0}, "not from 0 to below 1"),
         ({"count": -1}, "greater than or equal to 0"),
+        ({"count": 1, "ratio": 0.5}, "takes the place of ratio"),
         ({"count": 2, "of": "macs"}, "need of: heads"),
         ({"ratio": {"a": 0.5}, "of": "ms"}, "need of: heads"),
         ({"importance": "ob"}, "did you mean 'obs'"),

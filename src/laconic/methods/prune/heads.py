@@ -82,6 +82,8 @@ class PruneHeads(Method):
                 )
         if self.of != "heads" and (isinstance(self.ratio, dict) or self.count is not None):
             raise ValueError("a count and ratios by site need of: heads")
+        if self.count is not None and "ratio" in self.model_fields_set:
+            raise ValueError("count takes the place of ratio: give one of them")
         known = registry.names("laconic.solvers.importance")
         if self.importance not in known:
             raise ValueError(f"no score {self.importance!r}; {nearest(self.importance, known)}")

@@ -19,6 +19,7 @@ Recover with `distill.logits` behind it in the recipe.
 Cost: a pass over the samples for every activation, and a few for each one that goes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -193,7 +194,7 @@ class _Search:
                 measured = {name: self._loss([*gone, name]) for name in looked}
                 self.losses |= measured
                 best = min(measured, key=measured.__getitem__)
-                if not measured[best] <= allowed:
+                if measured[best] > allowed or math.isinf(measured[best]):
                     break
                 gone.append(best)
                 left.remove(best)
@@ -204,4 +205,5 @@ class _Search:
     @torch.no_grad()
     def _loss(self, names: Sequence[str]) -> float:
         made, _, _ = self._method.without(self._program, names, self._lines)
-        return self._task_loss(made)
+        loss = self._task_loss(made)
+        return loss if math.isfinite(loss) else float("inf")  # NaN would win every comparison
