@@ -70,7 +70,9 @@ def test_the_fit_is_least_squares(weighted):
     weights = torch.rand(6, 7, generator=generator, dtype=torch.float64) + 0.1
     design = matrix(42, 11, 5)
     roots = weights.flatten().sqrt()[:, None] if weighted else torch.ones(42, 1).double()
-    solved = torch.linalg.lstsq(design * roots, x.flatten()[:, None] * roots).solution[:, 0]
+    solved = torch.linalg.lstsq(
+        design * roots, x.flatten()[:, None] * roots, driver="gelsd"
+    ).solution[:, 0]  # an empty bucket is a zero column: not every driver bears it
     found = hashed.fitted(x, 11, 5, weights if weighted else None)
     assert torch.allclose(found, solved, rtol=1e-9, atol=1e-9)
     form = hashed.Hashed(found, (6, 7), 5)

@@ -102,6 +102,7 @@ class Nm(Method):
 def fits(weight: Tensor) -> bool:
     """Whether torch's semi-structured tensors take a 2:4 weight of this shape, in half precision.
 
+    >>> import torch
     >>> fits(torch.zeros(128, 64)), fits(torch.zeros(10, 64))
     (True, False)
     """
