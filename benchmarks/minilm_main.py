@@ -41,7 +41,7 @@ RECOVER: dict[str, Any] = {
     "features": 4.0, "nodes": LAYERS,
 }  # fmt: skip
 # Once the layers give what they gave, the embedding itself counts for more.
-REFINE = RECOVER | {"steps": 3500, "lr": 7e-4, "features": 2.0}
+REFINE = RECOVER | {"steps": 1500, "lr": 6e-4, "features": 2.0}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 
 Batch = dict[str, Tensor]
