@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laconic.core import registry
 from laconic.core.errors import BudgetError, RecipeError
+from laconic.core.suggest import nearest
 from laconic.program.cost import CostModel
 from laconic.program.groups import Group, Groups
 from laconic.program.program import Program
@@ -42,6 +43,20 @@ def chosen(
             hint=str(frozen[0].frozen),
         )
     return matching or sites.choose(free)
+
+
+def check(ratio: float | Mapping[str, float], importance: str) -> None:
+    """Refuse a ratio out of range and a score that does not exist.
+
+    Raises:
+        ValueError: names what was found and what may be.
+    """
+    for part in ratio.values() if isinstance(ratio, Mapping) else [ratio]:
+        if not 0 <= part < 1:
+            raise ValueError(f"ratio {part} is not from 0 to below 1 (it is the part that goes)")
+    known = registry.names("laconic.solvers.importance")
+    if importance not in known:
+        raise ValueError(f"no score {importance!r}; {nearest(importance, known)}")
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from laconic.core import registry
-from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
@@ -86,19 +84,11 @@ class PruneChannels(Method):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        ratios = self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]
-        for ratio in ratios:
-            if not 0 <= ratio < 1:
-                raise ValueError(
-                    f"ratio {ratio} is not from 0 to below 1 (it is the part that goes)"
-                )
+        selection.check(self.ratio, self.importance)
         if isinstance(self.ratio, dict) and self.of != "channels":
             raise ValueError("ratios by site need of: channels")
         if isinstance(self.block, int) and self.block < 1:
             raise ValueError(f"block {self.block} is below 1")
-        known = registry.names("laconic.solvers.importance")
-        if self.importance not in known:
-            raise ValueError(f"no score {self.importance!r}; {nearest(self.importance, known)}")
         return self
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:

@@ -24,9 +24,7 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from laconic.core import registry
 from laconic.core.errors import RecipeError
-from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.groups import Group, Groups
 from laconic.program.program import Program
@@ -74,19 +72,11 @@ class PruneHeads(Method):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        ratios = self.ratio.values() if isinstance(self.ratio, dict) else [self.ratio]
-        for ratio in ratios:
-            if not 0 <= ratio < 1:
-                raise ValueError(
-                    f"ratio {ratio} is not from 0 to below 1 (it is the part that goes)"
-                )
+        selection.check(self.ratio, self.importance)
         if self.of != "heads" and (isinstance(self.ratio, dict) or self.count is not None):
             raise ValueError("a count and ratios by site need of: heads")
         if self.count is not None and "ratio" in self.model_fields_set:
             raise ValueError("count takes the place of ratio: give one of them")
-        known = registry.names("laconic.solvers.importance")
-        if self.importance not in known:
-            raise ValueError(f"no score {self.importance!r}; {nearest(self.importance, known)}")
         return self
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
