@@ -8,6 +8,7 @@ larger than planned and the strength grows in proportion.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -37,7 +38,7 @@ def left(step: int, steps: int, pace: float) -> float:
     return 1 - min(step / steps, 1) ** pace
 
 
-class Fading(Attendant):
+class Fading(Attendant, ABC):
     """What both kinds share: the plan, and the strengths that were found.
 
     Attributes:
@@ -71,9 +72,9 @@ class Fading(Attendant):
         if step == self.end:
             self.finish(optimizer)
 
+    @abstractmethod
     def fade(self, factor: float) -> list[float]:
         """Shrink the norm by `factor`; the strengths times the learning rate that it took."""
-        raise NotImplementedError
 
     def finish(self, optimizer: torch.optim.Optimizer) -> None:
         """The faded part has become zero."""
