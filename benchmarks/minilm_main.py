@@ -3,11 +3,13 @@
 Rows: `nncf` (the peer: the original in int8, calibrated on 300 SST-2 training sentences), the job
 (`prune`, `recover`, `refine`, `int8`), `test` (cosine to the original's embeddings over the SST-2
 test sentences) and `latency` (batch 1 and 32, 128 tokens, interleaved in one run). Choices are made
-on SST-2 dev sentences. Recovery reads plain text (WikiText-2 valid, tiny Shakespeare, SST-2
-training sentences) and the original's embeddings of it, no labels. Every model gets sentences
+on SST-2 dev sentences. Recovery reads plain text (`recover`: WikiText-2 valid, tiny Shakespeare,
+SST-2 training sentences; `refine`: new text cut from all of them and WikiText-2 test, see
+`benchmarks/text.py`) and the original's embeddings of it, no labels. Every model gets sentences
 padded to 128 tokens with their real masks.
 """
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +21,7 @@ from benchmarks import models, peers
 from benchmarks.data import passages, sst2, tokenised
 from benchmarks.harness import Bench, Row
 from benchmarks.stages import Said, Stages, apply
+from benchmarks.text import Shuffled, Spliced, running
 from laconic.core.task import Task, embedding
 from laconic.methods.base import Context
 from laconic.program.capture import capture
@@ -40,8 +43,9 @@ RECOVER: dict[str, Any] = {
     "method": "distill.logits", "sites": ["*", "!*embeddings*"], "steps": 4000, "lr": 1e-3,
     "features": 4.0, "nodes": LAYERS,
 }  # fmt: skip
-# Once the layers give what they gave, the embedding itself counts for more.
-REFINE = RECOVER | {"steps": 1500, "lr": 6e-4, "features": 2.0}
+# Once the layers give what they gave, the embedding itself counts for more, and new text: the
+# sentences are known by then.
+REFINE = RECOVER | {"steps": 4500, "lr": 8e-4, "features": 2.0}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 
 Batch = dict[str, Tensor]
@@ -87,11 +91,18 @@ class Job:
         return [text for text, _ in sst2(split)][: 24 if self.quick else count]
 
     @cached_property
-    def train(self) -> "Shuffled":
+    def train(self) -> Shuffled:
         """Text for recovery in batches of similar length, so that little is padding."""
         sentences = [text for text, _ in sst2("train")[300:] if len(text) > 40]
         texts = sorted(passages()[::3] + sentences, key=len)[:: 200 if self.quick else 1]
         return Shuffled(self.batches(texts, 64, None))
+
+    @cached_property
+    def wide(self) -> Spliced:
+        """New text every pass, made of all there is but what choices and the test look at."""
+        phrases = [text for text, _ in sst2("train")[300:]]
+        few = {"size": 4, "count": 8} if self.quick else {}
+        return Spliced(phrases[:: 200 if self.quick else 1], running(), self.tokenizer, **few)
 
     @cached_property
     def task(self) -> Task:
@@ -105,9 +116,10 @@ class Job:
             validation=list(zip(dev, wanted, strict=True)),
         )  # fmt: skip
 
-    def context(self) -> Context:
-        """What the methods get."""
-        return Context(task=self.task, original=self.program, seed=self.bench.args.seed,
+    def context(self, *, wide: bool = False) -> Context:
+        """What the methods get; with `wide` they learn from new text."""
+        task = replace(self.task, train=self.wide) if wide else self.task
+        return Context(task=task, original=self.program, seed=self.bench.args.seed,
                        progress=Said(self.bench))  # fmt: skip
 
     def arrays(self, split: str) -> list[list[np.ndarray]]:
@@ -125,26 +137,6 @@ class Job:
         """The original's embeddings in fp32."""
         with torch.inference_mode():
             return torch.cat([self.model(**b) for b in self.batches(self.sentences(split), 24)])
-
-
-class Shuffled:
-    """Batches without targets, in a new order every pass; the first pass's order is seeded by 0."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches, self.passes = batches, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        """The next pass is number `epoch`, whatever came before; the training loop says so."""
-        self.passes = epoch
-
-    def __iter__(self) -> Any:
-        generator = torch.Generator().manual_seed(self.passes)
-        self.passes += 1
-        for index in torch.randperm(len(self.batches), generator=generator).tolist():
-            yield self.batches[index], None
 
 
 def spread(cosines: Tensor, name: str) -> Row:
@@ -186,15 +178,15 @@ def stage_rows(job: Job) -> dict[str, Row]:
 
     row, context, seed = job.stages.row, job.context(), job.bench.args.seed
 
-    def after(stage: str, step: dict[str, Any]) -> Any:
-        return lambda: apply(job.stages.program(stage), step, context)
+    def after(stage: str, step: dict[str, Any], *, wide: bool = False) -> Any:
+        return lambda: apply(job.stages.program(stage), step, job.context(wide=wide))
 
     return {
         "prune": row("prune", lambda: apply(job.program, job.prune, context), measured,
                      steps=job.recipe[:1], seed=seed),
         "recover": row("recover", after("prune", job.recover), measured,
                        steps=job.recipe[:2], seed=seed),
-        "refine": row("refine", after("recover", job.refine), measured,
+        "refine": row("refine", after("recover", job.refine, wide=True), measured,
                       steps=job.recipe[:3], seed=seed),
         "int8": row("int8", after("refine", job.quantize), deployed,
                     steps=job.recipe, seed=seed),

@@ -23,9 +23,7 @@ RECOVER: dict[str, Any] = {"method": "distill.logits", "ema": 0.998}
 
 
 class Channels(Job):
-    """The job of `resnet56_main` with files of its own and more calibration images."""
-
-    samples = 4 * CALIBRATION
+    """The job of `resnet56_main` with files of its own."""
 
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench.args, bench)
@@ -41,7 +39,7 @@ class Channels(Job):
 def ratio_rows(job: Channels, name: str, ratio: float) -> dict[str, Row]:
     """Pruned, and recovered for ten minutes and for an hour."""
     context, common = job.context(), {"weights": job.weights, "seed": job.args.seed}
-    samples = 128 if job.quick else job.samples
+    samples = 128 if job.quick else CALIBRATION
     prune = PRUNE | {"ratio": 1 - 1 / ratio, "samples": samples}
     found = {
         f"prune_{name}": job.stages.row(
