@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-
 from benchmarks.text import BEGIN, END, Spliced, padded
 
 PHRASES = ["ab", "cdef", ""]
