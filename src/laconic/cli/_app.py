@@ -21,6 +21,9 @@ Threads = Annotated[
 ]
 Batch = Annotated[int, typer.Option(min=1, help="Batch size of the latency that counts.")]
 Engine = Annotated[str, typer.Option("--runtime", help="auto, openvino, onnxruntime or inductor.")]
+Member = Annotated[
+    str | None, typer.Option("--model", help="Which one, of a file that holds several models.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for everything that is written.")]
 
 app = typer.Typer(

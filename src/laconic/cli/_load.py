@@ -6,6 +6,7 @@ from laconic import storage
 from laconic.core.errors import StorageError
 from laconic.engine.check import capture_for
 from laconic.engine.taskfile import TaskFile, read_task_file
+from laconic.program import members
 from laconic.program.program import Program
 
 
@@ -30,3 +31,12 @@ def program_of(path: Path) -> Program:
             where=str(path),
         )
     return storage.load(path)
+
+
+def member_of(program: Program, name: str | None) -> Program:
+    """`program`, computing its model `name`; the one it computes anyway if none is named.
+
+    Raises:
+        SurgeryError: it holds no such model; says the nearest names.
+    """
+    return program if name is None else members.choose(program, name)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from laconic.cli._app import Debug, Threads, verb
+from laconic.cli._app import Debug, Member, Threads, verb
 from laconic.core.errors import ExportError
 from laconic.core.suggest import nearest
 
@@ -22,6 +22,7 @@ def export(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or int8; int8 where FILE is quantised.")
     ] = None,
+    model: Member = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
@@ -32,12 +33,12 @@ def export(
             f"{to!r} is no kind of file; {nearest(to, _KINDS)}", param_hint="--to"
         )
     from laconic import runtimes
-    from laconic.cli._load import program_of
+    from laconic.cli._load import member_of, program_of
     from laconic.engine.deploy import noise, write_inductor
     from laconic.engine.files import pick_precision
     from laconic.measuring.parity import parity
 
-    program = program_of(file)
+    program = member_of(program_of(file), model)
     engine = runtimes.get(_KINDS[to])
     kind = pick_precision(program, engine, precision)
     path = out or file.with_suffix(engine.suffix)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from laconic.cli._app import Debug, Threads, verb
+from laconic.cli._app import Debug, Member, Threads, verb
 
 
 @verb
@@ -20,17 +20,26 @@ def run(
         str | None, typer.Option(help="openvino or onnxruntime, for .onnx files.")
     ] = None,
     precision: Annotated[str, typer.Option(help="fp32, bf16 or int8.")] = "fp32",
+    model: Member = None,
     threads: Threads = None,
     debug: Debug = False,
 ) -> None:
     """Run a file on the arrays of an .npz and keep what comes out."""
     del debug
-    from laconic.engine.artifact import arrange, open_artifact
+    from laconic.cli._load import member_of
+    from laconic.engine.artifact import arrange, of_program, open_artifact
     from laconic.engine.files import as_precision
 
     artifact = open_artifact(
         file, runtime=runtime, precision=as_precision(precision), threads=threads
     )
+    if model is not None:
+        if artifact.program is None:
+            raise typer.BadParameter(
+                f"{file} holds one model; only a .laconic file can hold several",
+                param_hint="--model",
+            )
+        artifact = of_program(member_of(artifact.program, model), file)
     given = arrange(read_arrays(inputs), artifact)
     outputs = artifact.run(given)
     named = artifact.outputs or tuple(
