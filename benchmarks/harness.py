@@ -208,6 +208,15 @@ def peak_mb() -> float:
     raise OSError("/proc/self/status states no VmHWM: peak memory cannot be measured here")
 
 
+def forget_peak() -> bool:
+    """Let `peak_mb` count from now on; False where the system has no such thing."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def run_isolated(module: str, *arguments: str, timeout: float = 600.0) -> Row:
     """Run `python -m module arguments` in a process of its own; its last line is the JSON result.
 

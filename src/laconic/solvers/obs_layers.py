@@ -17,6 +17,7 @@ from laconic.solvers import obs_weights
 from laconic.solvers.compensate import compensate
 from laconic.solvers.least_squares import Fit
 from laconic.solvers.obs_weights import Rows, Solver, Wanted
+from laconic.solvers.portions import MOMENTS, portions
 from laconic.solvers.weight_masks import Pruning
 from laconic.solvers.weight_scores import INPUT_BATCH, Calibration, input_place
 from laconic.statistics.base import Statistic, finite
@@ -145,6 +146,22 @@ class Surgeon:
     ) -> None:
         """Grouped convolutions and shared weights, from the moments of their own inputs."""
         apart = [n for n in wanted if len(self.readers[n]) > 1 or self._is_odd(self.readers[n][0])]
+
+        def needed(name: str) -> int:
+            layers, columns = self.readers[name], _columns(self.work.bare, self.readers[name][0])
+            return 8 * sum(layer.groups * columns**2 for layer in layers)
+
+        for some in portions(apart, needed, MOMENTS):
+            self._prune_portion(small, some, wanted, batches)
+
+    def _prune_portion(
+        self,
+        small: Program,
+        apart: Sequence[str],
+        wanted: Mapping[str, Wanted],
+        batches: Sequence[Flat],
+    ) -> None:
+        """Weights whose moments fit into memory together."""
         held = {
             layer.node.name: GroupGrams(layer, len(batches), self.data.seed)
             for name in apart
@@ -155,8 +172,7 @@ class Surgeon:
             for name in apart
             for layer in self.readers[name]
         }
-        if requests:
-            collect(self.work.bare, batches, requests, self.data.progress, total=len(batches))
+        collect(self.work.bare, batches, requests, self.data.progress, total=len(batches))
         for name in apart:
             first, *others = self.readers[name]
             merged = held[first.node.name]
@@ -211,6 +227,10 @@ class Surgeon:
             if tensor is not work.bare.tensor(name) and tensor.is_floating_point():
                 work.program.set_tensor(name, tensor.detach())
         work.program.sparse |= set(wanted)
+
+
+def _columns(program: Program, layer: Layer) -> int:
+    return layer.matrix(program.tensor(layer.weight)).shape[1]
 
 
 def columns_for(layer: Layer, columns: int, m: int) -> Tensor:

@@ -3,11 +3,14 @@
 For every layer that reads a group: second moments S of its inputs, second moments D of the loss
 gradient at its output, and the greedy elimination of `solvers.elimination` (Hassibi & Stork 1993;
 ZipLM, Kurtic et al. 2023). Harms are in nats and already count what the refit will repair, so this
-is the right score before compensation. Groups that no plain layer reads (the shared axis of query
-and key, inputs of grouped convolutions) are scored by `fisher`, in the same unit.
+is the right score before compensation. Moments are collected for as many groups at a time as fit
+into memory, with a pass over the data for each such portion; those of one group are needed together
+(the stream that all layers of a transformer read is one group). Groups that no plain layer reads
+(the shared axis of query and key, inputs of grouped convolutions) are scored by `fisher`, in the
+same unit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +21,7 @@ from laconic.program.groups import Group, Member
 from laconic.solvers.elimination import Consumer, Removal, eliminate
 from laconic.solvers.importance.base import Importance, Scene, in_products, reading_layers
 from laconic.solvers.importance.fisher import Fisher
+from laconic.solvers.portions import MOMENTS, portions
 from laconic.statistics.batches import count
 from laconic.statistics.collect import collect
 from laconic.statistics.gradients import sensitivities
@@ -42,16 +46,36 @@ class Obs(Importance):
         readers = {g.name: reading_layers(scene.program, g) for g in scene.groups}
         plain = [g for g in scene.groups if _plain(g, [layer for layer, _ in readers[g.name]])]
         found = _by_fisher(scene, [g for g in scene.groups if g not in plain])
-        layers = {layer.node.name: layer for g in plain for layer, _ in readers[g.name]}
-        grams = input_moments(scene, list(layers.values()))
-        metrics = output_metrics(scene, list(layers.values()))
-        for group in scene.progress.track(plain, "elimination", len(plain)):
-            consumers = [
-                _consumer(scene, group, layer, member, grams, metrics)
-                for layer, member in readers[group.name]
-            ]
-            found[group.name] = eliminate(consumers, group.size)
+
+        def needed(group: Group) -> int:
+            return sum(_bytes(scene, layer) for layer, _ in readers[group.name])
+
+        for some in portions(plain, needed, MOMENTS):
+            found |= _by_elimination(scene, some, readers)
         return {group.name: found[group.name] for group in scene.groups if group.name in found}
+
+
+def _by_elimination(
+    scene: Scene, groups: Sequence[Group], readers: Mapping[str, Sequence[tuple[Layer, Member]]]
+) -> dict[str, Removal]:
+    """The removals of groups whose moments fit into memory together."""
+    layers = {layer.node.name: layer for g in groups for layer, _ in readers[g.name]}
+    grams = input_moments(scene, list(layers.values()))
+    metrics = output_metrics(scene, list(layers.values()))
+    found: dict[str, Removal] = {}
+    for group in scene.progress.track(groups, "elimination", len(groups)):
+        consumers = [
+            _consumer(scene, group, layer, member, grams, metrics)
+            for layer, member in readers[group.name]
+        ]
+        found[group.name] = eliminate(consumers, group.size)
+    return found
+
+
+def _bytes(scene: Scene, layer: Layer) -> int:
+    """What the second moments of a layer take, of its inputs and at its outputs."""
+    rows, columns = layer.matrix(scene.program.tensor(layer.weight)).shape
+    return 8 * (rows**2 + columns**2)
 
 
 def input_moments(scene: Scene, layers: Sequence[Layer]) -> dict[str, Gram]:
