@@ -1,6 +1,6 @@
 """Several models of one graph in one Program: what they share once, what is their own as rows.
 
-A weight that differs between the models is their mean, on a fine grid, plus for each model a
+A weight that differs between the models is a common part, on a fine grid, plus for each model a
 difference on a coarse grid, most of whose codes are zero; the entropy coder of the file makes that
 small. Other tensors that differ stand below each other as they are. Tensors that are equal in all
 models are stored once.
@@ -17,12 +17,11 @@ from torch.fx.node import map_arg
 
 from laconic.core.errors import DataError, RecipeError
 from laconic.program.program import Program
-from laconic.solvers import insertion, placement, ranges
+from laconic.solvers import common_part, insertion, placement, ranges
 from laconic.solvers.placement import WeightSite
 from laconic.solvers.ranges import Grid
 
 _WIDEST = 127
-_ZERO = 0.6  # differences below so many steps become zero: codes get cheaper faster than worse
 _INSIDE = 0.49  # steps from a code within which a value has this code
 
 
@@ -180,24 +179,26 @@ def _finite(name: str, weight: Tensor) -> None:
 def _shared(
     program: Program, site: WeightSite, held: Mapping[str, Tensor], bits: int, error: float
 ) -> dict[str, float]:
-    """A mean on a grid and everybody's difference; the relative error of each model's weight."""
+    """A common part on a grid and all differences; the relative error of each model's weight."""
     values = list(held.values())
     for value in values:
         _finite(site.name, value)
     stack = torch.stack(values).double()
-    mean = stack.mean(0).to(values[0].dtype)
+    step = error * math.sqrt(12) * float(stack.square().mean().sqrt())
+    step = max(step, torch.finfo(torch.float32).tiny)
+    codes, common = common_part.whole_steps(stack / step)
+    mean = (common * step).to(values[0].dtype)
     fine = ranges.weight_grid(mean, site.axis, "mse", bits)
     base = ranges.on_grid(mean, site.axis, fine)
-    step = error * math.sqrt(12) * float(stack.square().mean().sqrt())
-    steps = (stack - base.double()) / max(step, torch.finfo(torch.float32).tiny)
-    codes = torch.where(steps.abs() < _ZERO, 0.0, steps.round())
+    left = (stack - base.double()) / step - codes
+    aside = left.mean(0).round()  # where this grid is coarser than a step
+    codes, left = codes + aside, left - aside
     if not bool(codes.any()):
         program.set_tensor(site.name, mean)
         insertion.quantize_weight(program, site, site.axis, fine)
         return _errors(held, base.double().expand_as(stack), stack)
     # training goes on from here: every value keeps its code, and none stands at the edge of one
-    zeros = steps * (_INSIDE / _ZERO)
-    inside = torch.where(codes == 0, zeros, codes + (steps - codes).clamp(-_INSIDE, _INSIDE))
+    inside = codes + left * (_INSIDE / max(_INSIDE, float(left.abs().max())))
     _insert(program, site, (mean, fine), inside, step, list(held))
     return _errors(held, base.double() + codes * step, stack)
 
