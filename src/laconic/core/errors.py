@@ -65,3 +65,8 @@ class TrainingError(LaconicError):
 
 class MissingExtra(LaconicError):
     """An optional dependency is not installed."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or the error itself where it says nothing."""
+    return (str(error).strip().splitlines() or [repr(error)])[0]

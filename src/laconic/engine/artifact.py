@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from laconic import runtimes, storage
-from laconic.core.errors import DataError, ExportError
+from laconic.core.errors import DataError, ExportError, first_line
 from laconic.core.suggest import nearest
 from laconic.engine.files import as_precision
 from laconic.program.program import Program
@@ -93,8 +93,8 @@ def of_program(program: Program, path: Path) -> Artifact:
             with torch.no_grad():
                 outputs = program.run_flat(*map(torch.from_numpy, inputs))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            first = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise DataError(f"the inputs do not fit: {first}", where=str(path)) from error
+            reason = first_line(error)
+            raise DataError(f"the inputs do not fit: {reason}", where=str(path)) from error
         return [output.detach().numpy() for output in outputs]
 
     conditions = {"runtime": EAGER, "precision": "fp32", "threads": torch.get_num_threads()}

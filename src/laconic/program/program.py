@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.hooks import RemovableHandle
 
 from laconic.core.errors import SurgeryError
 from laconic.forms import operators as _form_operators  # registers laconic::*
+from laconic.program.shapes import Shapes
 from laconic.program.signature import Signature
 
 _TRAINING_ARGUMENT = {
@@ -319,39 +319,7 @@ class Program(nn.Module):
         Raises:
             SurgeryError: an operator refuses its inputs' shapes; names the node.
         """
-        inputs = tuple(example) if example is not None else self.example
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            _Shapes(self, mode).run(*(mode.from_tensor(t) for t in inputs))
-
-
-class _Shapes(fx.Interpreter):
-    """Fake execution that writes shapes and dtypes into the nodes."""
-
-    def __init__(self, program: Program, mode: FakeTensorMode) -> None:
-        super().__init__(program, graph=program.graph)
-        self._mode = mode
-        self._program = program
-
-    def fetch_attr(self, target: str) -> Any:
-        return self._mode.from_tensor(self._program.tensor(target).detach())
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise SurgeryError(
-                f"{n.target} does not fit its inputs: {first}",
-                where=f"{n.name} ({n.meta.get('origin') or 'top level'})",
-            ) from error
-        if isinstance(value, Tensor):
-            n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
-        elif isinstance(value, (tuple, list)):
-            n.meta["shape"] = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in value)
-            n.meta["dtype"] = tuple(v.dtype if isinstance(v, Tensor) else None for v in value)
-        else:
-            n.meta["shape"], n.meta["dtype"] = value, None
-        return value
+        Shapes.write(self, example if example is not None else self.example)
 
 
 def is_getitem(node: fx.Node) -> bool:

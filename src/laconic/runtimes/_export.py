@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
-from laconic.core.errors import ExportError
+from laconic.core.errors import ExportError, first_line
 from laconic.forms import affine
 from laconic.program.members import alone
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
@@ -139,10 +139,8 @@ def export(
                 found = {n: dict.fromkeys(held, Dim.AUTO) for n, held in (dynamic or {}).items()}
                 return torch.export.export(module, example, dynamic_shapes=found or None)
     except (RuntimeError, ValueError, TypeError, AssertionError, KeyError) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise ExportError(
-            f"torch.export refuses the program: {lines[0]}", where="export"
-        ) from error
+        reason = first_line(error)
+        raise ExportError(f"torch.export refuses the program: {reason}", where="export") from error
 
 
 def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from laconic.core.errors import ExportError
+from laconic.core.errors import ExportError, first_line
 from laconic.forms import affine
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
 from laconic.runtimes._export import attribute, export, fetch, is_tensor, lower_weights
@@ -91,8 +91,8 @@ class Inductor(Runtime):
                     )
                 target.replace(path)
             except (OSError, RuntimeError, AssertionError, TypeError, ValueError) as error:
-                first = (str(error).strip().splitlines() or [repr(error)])[0]
-                raise ExportError(f"Inductor cannot build it: {first}", where=str(path)) from error
+                reason = first_line(error)
+                raise ExportError(f"Inductor cannot build it: {reason}", where=str(path)) from error
         return path
 
     def load(
@@ -112,8 +112,8 @@ class Inductor(Runtime):
             package = torch._inductor.aoti_load_package(str(path))
             about = json.loads(package.get_metadata()["laconic"])
         except (OSError, RuntimeError, KeyError, ValueError) as error:
-            first = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise ExportError(f"no Inductor package: {first}", where=str(path)) from error
+            reason = first_line(error)
+            raise ExportError(f"no Inductor package: {reason}", where=str(path)) from error
         wanted = {"precision": precision, "threads": threads or about["threads"]}
         for key, value in wanted.items():
             if about[key] != value:
@@ -138,8 +138,8 @@ class _Runner(Runner):
             with torch.no_grad():
                 outputs: Any = self.package(*tensors)
         except RuntimeError as error:
-            first = str(error).strip().splitlines()[0]
-            raise ExportError(f"refuses the inputs: {first}", where="inductor") from error
+            reason = first_line(error)
+            raise ExportError(f"refuses the inputs: {reason}", where="inductor") from error
         every = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
         return checked([output.numpy() for output in every], "inductor")
 

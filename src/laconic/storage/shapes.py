@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from laconic.core.errors import StorageError
+from laconic.core.errors import LaconicError, StorageError, first_line
 from laconic.program.program import Program
+from laconic.program.shapes import Shapes
 
 _PIECES = 50_000
 _LARGEST = 1 << 63
@@ -26,38 +27,23 @@ def propagate(program: Program) -> None:
     Raises:
         StorageError: an operator refuses its inputs, or asks for too much; names the node.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-        _Shapes(program, mode).run(*(mode.from_tensor(t) for t in program.example))
+    _Bounded.write(program, program.example)
 
 
-class _Shapes(fx.Interpreter):
+class _Bounded(Shapes):
     def __init__(self, program: Program, mode: FakeTensorMode) -> None:
-        super().__init__(program, graph=program.graph)
-        self._mode = mode
-        self._program = program
+        super().__init__(program, mode)
         self._pieces = _PIECES
 
-    def fetch_attr(self, target: str) -> Any:
-        return self._mode.from_tensor(self._program.tensor(target).detach())
+    def refusal(self, n: fx.Node, error: Exception) -> LaconicError:
+        reason = first_line(error)[:200]
+        return StorageError(f"{n.target} does not fit its inputs: {reason}", where=n.name)
 
     def run_node(self, n: fx.Node) -> Any:
         try:
-            value = super().run_node(n)
+            return super().run_node(n)
         except StorageError as error:
             raise StorageError(error.message, where=n.name) from error
-        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
-            first = (str(error).strip().splitlines() or [repr(error)])[0]
-            raise StorageError(
-                f"{n.target} does not fit its inputs: {first[:200]}", where=n.name
-            ) from error
-        if isinstance(value, Tensor):
-            n.meta["shape"], n.meta["dtype"] = tuple(value.shape), value.dtype
-        elif isinstance(value, (tuple, list)):
-            n.meta["shape"] = tuple(tuple(v.shape) if isinstance(v, Tensor) else v for v in value)
-            n.meta["dtype"] = tuple(v.dtype if isinstance(v, Tensor) else None for v in value)
-        else:
-            n.meta["shape"], n.meta["dtype"] = value, None
-        return value
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, torch._ops.OpOverload):
