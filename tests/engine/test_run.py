@@ -11,7 +11,7 @@ from laconic.engine.run import Bench, run
 from laconic.engine.store import Store, fingerprint
 from laconic.methods.base import Context
 
-from .conftest import Halve, Scale  # isort: skip
+from .conftest import FAKES, Halve, Scale  # isort: skip
 
 
 def bench(task, program, folder=None, **more):
@@ -109,6 +109,33 @@ class Widths:
     def __call__(self, without, made):
         wide, narrow = (p.tensor("0.weight").shape[0] for p in (without, made))
         return "" if narrow < wide and narrow <= self.enough else f"{narrow} is no gain over {wide}"
+
+
+class Reading(Scale):
+    """Multiplies by what a file says."""
+
+    path: str
+
+    def files(self):
+        return (self.path,)
+
+    def apply(self, program, sites, context):
+        held = Path(self.path)
+        factor = float(held.read_text()) if held.exists() else 1.0
+        return Scale(factor=factor).apply(program, sites, context)
+
+
+def test_what_a_file_holds_is_part_of_the_step(fakes, program, task, tmp_path, monkeypatch):
+    monkeypatch.setitem(FAKES, "reading", Reading)
+    path = tmp_path / "factor"
+    recipe = Recipe.of([{"method": "reading", "path": str(path)}])
+    for text in (None, "2", "2", "3"):
+        if text is not None:
+            path.write_text(text)
+        done = run(program, recipe, bench(task, program, tmp_path / "store"))
+        expected = program.tensor("2.weight") * float(text or 1)
+        assert torch.equal(done.program.tensor("2.weight"), expected)
+    assert fakes == [("scale", 1.0), ("scale", 2.0), ("scale", 3.0)]
 
 
 def test_a_step_that_does_not_pay_is_undone(fakes, program, task):

@@ -357,6 +357,18 @@ def test_a_program_without_parameters_says_so():
     assert "no float parameter" in made.notes[0]
 
 
+def test_a_state_that_was_learned_from_another_teacher_is_not_taken(original, narrow, tmp_path):
+    task = classification(train=images())
+    other = original.clone()
+    for name, tensor in original.tensors():
+        if tensor.is_floating_point():
+            other.set_tensor(name, tensor.detach() * 1.5)
+    fresh = apply({}, narrow, original, task)
+    apply({}, narrow, other, task, workdir=tmp_path)
+    made = apply({}, narrow, original, task, workdir=tmp_path)
+    assert same(tensors(made.program), tensors(fresh.program))
+
+
 def test_resumes_from_its_folder(original, narrow, tmp_path):
     task = classification(train=images(), validation=labelled(original, images(2, seed=1)))
     options = {"save_every": 0}

@@ -27,6 +27,9 @@ SHORT = {
     "steps": 8, "precision": "fp32", "evaluations": 2, "teacher": "torch", "block": 1,
     "samples": 16, "importance": "l2", "lr": 0.01,
 }  # fmt: skip
+FOR_GROUPS = {
+    "of": "channels", "importance": "l1", "block": 4, "limit": 0.5, "samples": 8, "keep": {"a": [0]},
+}  # fmt: skip
 
 
 class Net(nn.Module):
@@ -59,7 +62,9 @@ def context(program, **options):
 
 
 def run(program, sites="*", around=None, **options):
-    made = Regularized(**{**SHORT, **options})
+    weights = options.get("penalty", "group") != "group"
+    short = {k: v for k, v in SHORT.items() if not (weights and k in FOR_GROUPS)}
+    made = Regularized(**{**short, **options})
     return made.apply(program, Sites.of(sites), around or context(program))
 
 
@@ -246,6 +251,15 @@ def test_what_cannot_be_done_is_refused(program, options, sites, error, message)
     with pytest.raises(error, match=message):
         run(program, sites=sites, **options)
     assert same(program, before)
+
+
+@pytest.mark.parametrize("name", FOR_GROUPS)
+def test_options_for_groups_are_refused_for_single_weights(name):
+    given = {name: FOR_GROUPS[name]}
+    assert Regularized(**given)
+    for penalty in ("l1", "l2"):
+        with pytest.raises(ValidationError, match=f"{name}: for penalty: group only; {penalty}"):
+            Regularized(penalty=penalty, **given)
 
 
 def test_missing_data_and_bad_options_are_refused(program):

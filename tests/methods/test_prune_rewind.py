@@ -1,6 +1,7 @@
 """prune.rewind: what goes in a round, what is gone back to, replay and resume bit for bit."""
 
 import dataclasses
+import hashlib
 
 import pytest
 import torch
@@ -174,6 +175,24 @@ def test_weights_go_back_to_the_early_state_that_is_given(program, task, tmp_pat
         assert torch.equal(weight, early.tensor(name).masked_fill(weight == 0, 0.0))
 
 
+def test_the_early_state_is_part_of_what_the_step_is(program, task, tmp_path):
+    path = tmp_path / "early.safetensors"
+    save_file(tensors(program), path)
+    options = {"rewind": "weights", "initial": str(path)}
+    made = apply(program, task, **options)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert made.resolved["initial_hash"] == digest
+    assert Rewind(**options).files() == (str(path),)
+    assert Rewind().files() == ()
+    again = method_of(Rewind(**made.resolved).step(), "step 1").apply(
+        program, Sites(), Context(task=task, original=program, seed=2)
+    )
+    assert same(tensors(again.program), tensors(made.program))
+    save_file({name: tensor + 1 for name, tensor in tensors(program).items()}, path)
+    with pytest.raises(RecipeError, match="is not the file that the step was resolved with"):
+        apply(program, task, **options, initial_hash=digest)
+
+
 def test_without_one_they_go_back_to_the_state_of_the_first_training(program, task):
     made = tiny(program, task, rewind="weights")
     for name in WEIGHTS:
@@ -264,6 +283,7 @@ def test_levels():
         ({"ratio": 1.0}, "less than 1"),
         ({"each": 0.0}, "greater than 0"),
         ({"initial": "a.safetensors"}, "initial is for rewind: weights"),
+        ({"initial_hash": "0"}, "initial_hash is that of initial"),
         ({"steps": 5, "rewind_steps": 5}, "rewind_steps 5 leaves none of the 5 steps"),
     ],
 )

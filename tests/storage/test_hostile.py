@@ -9,10 +9,14 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from laconic import storage
 from laconic.core.errors import StorageError
+from laconic.methods.base import Context, method_class
+from laconic.program.capture import capture
 from laconic.program.program import Program
+from laconic.program.sites import Sites
 from laconic.storage import container, header, operators
 from laconic.storage.limits import Limits
 
@@ -329,3 +333,28 @@ def test_json_numbers_come_back_exactly():
     assert json.dumps(back) == json.dumps(values)
     assert [type(v) for v in back] == [type(v) for v in values]
     assert np.signbit(back[2])
+
+
+@pytest.fixture
+def hashed(tmp_path):
+    """A layer of 64 x 64 weights in a file of 41 buckets."""
+    program = capture(nn.Linear(64, 64).eval(), torch.randn(2, 64))
+    context = Context(task=None, original=program)
+    made = method_class("share.hash")(ratio=0.01).apply(program, Sites(), context).program
+    storage.save(made, tmp_path / "hashed.laconic")
+    return tmp_path / "hashed.laconic"
+
+
+def test_buckets_stand_for_no_tensor_of_any_size(hashed):
+    def stretch(content):
+        number = content["operators"].index("laconic.hashed.default")
+        (row,) = (row for row in content["nodes"] if row[0] == number)
+        row[1][1] = [1 << 20, 1 << 20]
+
+    refused(hashed, forge(hashed, stretch), "41 buckets for a shape of")
+
+
+def test_what_forms_stand_for_counts_as_what_a_file_holds(hashed):
+    assert storage.load(hashed, limits=Limits(decoded_bytes=17_000))  # 64 x 64 floats and a bias
+    with pytest.raises(StorageError, match="what they stand for"):
+        storage.load(hashed, limits=Limits(decoded_bytes=16_000))

@@ -111,6 +111,8 @@ def test_parts_that_do_not_fit_are_refused():
         VECTORS(codes.to("meta"), values.to("meta"), [4, 7], 0)
     with torch.device("meta"), pytest.raises(ValueError, match="a seed of -1"):
         HASHED(torch.zeros(3), [2, 2], -1)
+    with torch.device("meta"), pytest.raises(ValueError, match="3 buckets for a shape of"):
+        HASHED(torch.zeros(3), [1 << 10, 1 << 10], 1)
     for sizes, chosen in (([2, 3], 0), ([2], 0), ([2, 2], 2)):
         with pytest.raises(ValueError, match="model"):
             MEMBER(torch.zeros(4, 2), None, "one model,two", chosen, sizes)

@@ -3,13 +3,16 @@
 import dataclasses
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from laconic.core.errors import DataError, StorageError, TrainingError
 from laconic.core.progress import Progress
 from laconic.training import checkpoint
+from laconic.training.feed import Feed
 from laconic.training.loop import Loss, train
 from laconic.training.plan import Plan
 
@@ -88,7 +91,8 @@ def test_stopped_and_resumed_equals_uninterrupted(sample, program, task, fit, pl
     with pytest.raises(KeyboardInterrupt):
         train(sample.make_job(program, task, plan, folder=tmp_path, objective=stopping))
     assert signal.getsignal(signal.SIGINT) is handler
-    assert checkpoint.read(tmp_path, "sample").state["step"] == at + 1
+    identity = f"sample {Feed(task.train, job.seed).beginning()}"
+    assert checkpoint.read(tmp_path, identity).state["step"] == at + 1
     resumed, got = fit(plan, folder=tmp_path)
     assert equal(got, wanted)
     assert resumed.evaluations == whole.evaluations
@@ -108,6 +112,31 @@ def test_another_runs_state_is_not_taken(fit, tmp_path):
     fit(PLAN.model_copy(update={"lr": 0.2}), folder=tmp_path, identity="another")
     _, got = fit(folder=tmp_path)
     assert equal(got, fit()[1])
+
+
+@pytest.mark.parametrize("wrap", [list, lambda data: DataLoader(data, batch_size=None)])
+def test_a_state_from_other_data_is_not_taken(sample, fit, task, tmp_path, wrap):
+    """The first batch tells them apart."""
+    own = replace(task, train=wrap(task.train))
+    other = replace(task, train=wrap(sample.make_batches(6, seed=9)))
+    fit(on=other, folder=tmp_path)
+    fresh = fit(on=own)[1]
+    assert equal(fit(on=own, folder=tmp_path)[1], fresh)
+    assert not equal(fit(on=other)[1], fresh)
+
+
+def test_a_loader_that_counts_its_passes_is_not_looked_at(fit, task, tmp_path):
+    class Counting:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter(task.train)
+
+    looked, plain = Counting(), Counting()
+    fit(on=replace(task, train=looked), folder=tmp_path)
+    fit(on=replace(task, train=plain))
+    assert looked.passes == plain.passes == 2  # seven steps of six batches
 
 
 def test_a_damaged_state_is_an_error(fit, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from laconic.core.errors import LaconicError, StorageError
 from laconic.core.recipe import Recipe, Step
 from laconic.engine.result import StepRecord, changes_from_json, changes_to_json, plain
-from laconic.engine.store import Store, fingerprint, key_of
+from laconic.engine.store import Store, digests, fingerprint, key_of
 from laconic.methods.base import Changes, Context, Method, Outcome, method_of
 from laconic.program.cost import cost
 from laconic.program.freezing import freeze
@@ -122,9 +122,10 @@ def _through(
     state = _State(bench, _figures(program, key, bench))
     for number in which:
         step = recipe.steps[number]
-        key = key_of(key, step.to_plain())
         try:
             method = method_of(step, f"step {number + 1}")
+            held = digests(method.files())
+            key = key_of(key, step.to_plain(), *([held] if held else []))
             after, record, cut = state.step(stages[-1], step, method, key)
         except LaconicError as error:
             error.add_note(f"in step {number + 1} ({step.method}) of {recipe.name!r}")

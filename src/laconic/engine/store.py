@@ -7,7 +7,7 @@ steps, and a run that is started again finds what the earlier one finished.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,18 @@ def key_of(*parts: Any) -> str:
     """
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def digests(paths: Iterable[str]) -> dict[str, str]:
+    """Path → SHA-256 of the file, or "" where it cannot be read; whoever needs it says so."""
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            with Path(path).open("rb") as file:
+                found[path] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:
+            found[path] = ""
+    return found
 
 
 def fingerprint(program: Program) -> str:

@@ -16,6 +16,8 @@ from laconic.forms.base import Form
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+SHARING = 1 << 16
+"""Most positions a bucket, on the average: a few bytes cannot ask for a tensor of any size."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,12 @@ class Hashed(Form):
         return cls(tensors["values"], tuple(meta["shape"]), meta["seed"])
 
 
-def fits(values: Tensor, seed: int) -> str:
+def fits(values: Tensor, shape: Sequence[int], seed: int) -> str:
     """What is wrong with the parts, in words; empty if nothing is."""
     if values.ndim != 1 or not 1 <= values.numel() <= _MASK:
         return f"buckets of shape {list(values.shape)}, expected [buckets]"
+    if math.prod(shape) > SHARING * values.numel():
+        return f"{values.numel()} buckets for a shape of {list(shape)}, at least 1 in {SHARING}"
     return "" if 0 <= seed <= _MASK else f"a seed of {seed}, expected 0 to {_MASK}"
 
 

@@ -184,7 +184,7 @@ def hashed_(values: Tensor, shape: Sequence[int], seed: int) -> Tensor:
 
 @hashed_.register_fake
 def _(values: Tensor, shape: Sequence[int], seed: int) -> Tensor:
-    wrong = hashed.fits(values, seed)
+    wrong = hashed.fits(values, shape, seed)
     if wrong:
         raise ValueError(wrong)
     return values.new_empty(list(shape))

@@ -99,6 +99,10 @@ class Method(BaseModel, ABC):
         """The method's name: its file below `methods/`."""
         return cls.__module__.removeprefix("laconic.methods.")
 
+    def files(self) -> Sequence[str]:
+        """Paths of files that the options name; what they hold is part of what a step is."""
+        return ()
+
     def step(self, sites: str | Sequence[str] = "*") -> Step:
         """This method as a step of a recipe."""
         options = self.model_dump(mode="json", exclude_defaults=True)

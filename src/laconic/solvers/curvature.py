@@ -7,19 +7,57 @@ model's own prediction: the curvature of the loss itself.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from laconic.core.progress import SILENT, Progress
 from laconic.program.program import Program
+from laconic.solvers.setting import Setting
 from laconic.statistics.base import Statistic, finite
-from laconic.statistics.batches import count
+from laconic.statistics.batches import Batches, count
 from laconic.statistics.collect import collect
-from laconic.statistics.gradients import Loss, sensitivities
+from laconic.statistics.gradients import Loss, sampled_loss, sensitivities
 from laconic.statistics.layers import Layer, layers, pick
 
+_BATCH = 32
 _ELEMENTS = 1 << 24  # of the weight gradients that are held at once
+
+
+class Weighted(BaseModel):
+    """Options of a method that finds the closest values to a weight: what an error counts.
+
+    Attributes:
+        weighted: what a squared error counts: "none" all alike, "hessian" the mean square of the
+            input that the weight multiplies, "fisher" the mean squared gradient of the weight.
+        samples: calibration samples, for `weighted`.
+        temperature: the predictions' logits are divided by it before `fisher` samples from them.
+    """
+
+    weighted: Literal["none", "hessian", "fisher"] = "none"
+    samples: int = Field(default=256, ge=1)
+    temperature: float = Field(default=4.0, gt=0)
+
+    def counted(
+        self, program: Program, names: Sequence[str], context: Setting
+    ) -> dict[str, Tensor]:
+        """Weight → what an error of each element counts, of its shape; {} where all count alike.
+
+        Weights of which the data say nothing are left out, or all zero.
+
+        Raises:
+            DataError: calibration data that are missing or do not fit.
+        """
+        if self.weighted == "none" or not names:
+            return {}
+        held = program.clone().to(context.device)
+        batches = Batches(held, context.task, self.samples, context.device, _BATCH)
+        if self.weighted == "hessian":
+            return input_squares(held, names, batches, context.progress)
+        loss = sampled_loss(context.task, context.generator(), self.temperature)
+        return fisher(held, names, batches, loss, context.progress)
 
 
 class ColumnSquares(Statistic):

@@ -4,17 +4,19 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from laconic.core.progress import SILENT, Progress
 from laconic.core.task import Loader, Task
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import teacher as teachers
+from laconic.solvers.setting import Setting
+from laconic.statistics.batches import told_nothing
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, Kind, kind_for
 from laconic.training.evaluation import labelled, mean_loss, mean_score
@@ -22,23 +24,6 @@ from laconic.training.loop import Job, Objective, Trained, train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 from laconic.training.taps import matched, tapped
-
-
-class Setting(Protocol):
-    """What a method's context says, as far as it is used here."""
-
-    @property
-    def task(self) -> Task: ...
-    @property
-    def original(self) -> Program: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def progress(self) -> Progress: ...
-    @property
-    def workdir(self) -> Path | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +137,12 @@ class Learning(Plan):
         plan = self.plan().settled(student, course.device, Processes.current().count)
         pairs = self._pairs(student, course)
         told = [self.model_dump(mode="json"), list(names), course.seed]
+        own = identity_of(told, [program, course.original]) if course.folder else ""
+        looking = _Looking()
         with ExitStack() as stack:
-            objective, runs_in, notes = self._objective(stack, student, course, plan, pairs)
+            objective, runs_in, notes = self._objective(
+                stack, student, course, plan, pairs, looking
+            )
             stack.enter_context(_only(student, names))
             stack.enter_context(tapped(student, list(pairs)))
             job = Job(
@@ -167,7 +156,7 @@ class Learning(Plan):
                 device=course.device,
                 progress=course.progress,
                 folder=course.folder,
-                identity=identity_of(told, [program]),
+                identity=own,
                 **more,
             )
             trained = train(job)
@@ -178,7 +167,7 @@ class Learning(Plan):
         return Learned(
             trained=trained,
             resolved=resolved,
-            notes=[*notes, *trained.notes],
+            notes=[*notes, *trained.notes, *looking.notes()],
             figures=_figures(trained, course.task),
         )
 
@@ -189,6 +178,7 @@ class Learning(Plan):
         course: Course,
         plan: Plan,
         pairs: Mapping[str, str],
+        looking: "_Looking",
     ) -> tuple[Distillation, str, list[str]]:
         """What is minimised, what runs the original, and what to know about that."""
         lesson = teachers.Lesson(
@@ -212,6 +202,7 @@ class Learning(Plan):
             alpha=self.alpha,
             hard=self.hard,
             features=self.features if pairs else 0.0,
+            seen=looking,
         )
         return objective, runs_in, notes
 
@@ -223,6 +214,24 @@ class Learning(Plan):
         if self.features == 0:
             return {}
         return matched(student, course.original.clone(), self.nodes)
+
+
+class _Looking:
+    """Looks at training inputs until some vary."""
+
+    def __init__(self) -> None:
+        self._varied: bool | None = None
+
+    def __call__(self, flat: Sequence[Tensor]) -> None:
+        """Look at a batch."""
+        if not self._varied:
+            self._varied = not told_nothing([tuple(flat)])
+
+    def notes(self) -> list[str]:
+        """A sentence if there were inputs and none varied."""
+        if self._varied is not False:
+            return []
+        return ["every training sample is the same constant: what was learned means nothing"]
 
 
 def trainable(program: Program, sites: Sites) -> list[str]:

@@ -1,5 +1,6 @@
 """Early states of a training: remembered while it runs, read from a file, and gone back to."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -109,6 +110,27 @@ def early_state(path: str, program: Program) -> Values:
                 hint="an early state has the shapes of the program that is pruned",
             )
         found[name] = held[known]
+    return found
+
+
+def digest_of(path: str, expected: str | None) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        StorageError: it cannot be read.
+        RecipeError: it is not the `expected` one.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StorageError(f"cannot be read: {error.strerror}", where=path) from error
+    if expected not in (None, found):
+        raise RecipeError(
+            f"{path} is not the file that the step was resolved with",
+            where="initial",
+            hint="leave 'initial_hash' out to take the file as it is now",
+        )
     return found
 
 

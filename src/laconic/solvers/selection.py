@@ -59,6 +59,16 @@ def check(ratio: float | Mapping[str, float], importance: str) -> None:
         raise ValueError(f"no score {importance!r}; {nearest(importance, known)}")
 
 
+def check_block(block: int | str) -> None:
+    """Refuse a block that no count is a multiple of.
+
+    Raises:
+        ValueError: names what was found.
+    """
+    if isinstance(block, int) and block < 1:
+        raise ValueError(f"block {block} is below 1")
+
+
 @dataclass(frozen=True)
 class Wish:
     """What is to be selected.

@@ -6,12 +6,10 @@ cutting and compensating, and the numbers that they report. A method says which 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 
-from laconic.core.progress import Progress
-from laconic.core.task import Task
 from laconic.program.cost import CostModel
 from laconic.program.groups import Groups, groups
 from laconic.program.program import Program
@@ -24,32 +22,13 @@ from laconic.solvers.importance.base import Scene
 from laconic.solvers.latency_budget import Goal
 from laconic.solvers.recalibrate import norms
 from laconic.solvers.selection import Keep, Wish
+from laconic.solvers.setting import Setting
 from laconic.solvers.stopwatch import Stopwatch, Timer
 from laconic.statistics.batches import Batches, Flat, told_nothing
 from laconic.statistics.convoy import affordable
 from laconic.statistics.gradients import sampled_loss
 
 _BATCH = 128  # samples that go through the network side by side
-
-
-class Surroundings(Protocol):
-    """What a method's context offers, as far as it is used here."""
-
-    @property
-    def task(self) -> Task: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def device(self) -> torch.device: ...
-    @property
-    def progress(self) -> Progress: ...
-    @property
-    def runtime(self) -> str: ...
-    @property
-    def threads(self) -> int | None: ...
-    def generator(self) -> torch.Generator:
-        """A fresh generator of this run's seed."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +84,7 @@ class Shrinking:
     """
 
     def __init__(
-        self, plan: Plan, program: Program, context: Surroundings, timer: Timer | None = None
+        self, plan: Plan, program: Program, context: Setting, timer: Timer | None = None
     ) -> None:
         """`timer` measures milliseconds; None is a stopwatch in the context's runtime."""
         self.plan, self.context = plan, context

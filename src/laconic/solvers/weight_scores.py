@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from laconic.core.errors import DataError
 from laconic.core.progress import SILENT, Progress
 from laconic.core.task import Task
 from laconic.program.program import Program
+from laconic.solvers.setting import Setting
 from laconic.solvers.weight_masks import Pruning
 from laconic.statistics.base import Statistic, finite
 from laconic.statistics.batches import Batches, Flat, count
@@ -66,6 +68,25 @@ class Calibration:
         """Of a target drawn from the model's own prediction."""
         generator = torch.Generator().manual_seed(self.seed)
         return sampled_loss(self.task, generator, self.temperature)
+
+
+class Sampled(BaseModel):
+    """Options of a method whose scores look at data, unlabelled.
+
+    Attributes:
+        samples: calibration samples at most.
+        temperature: the predictions' logits are divided by it before targets are drawn from them.
+    """
+
+    samples: int = Field(default=1024, ge=1)
+    temperature: float = Field(default=4.0, gt=0)
+
+    def calibration(self, context: Setting) -> Calibration:
+        """These options in a method's context."""
+        return Calibration(
+            context.task, self.samples, context.seed, context.device, context.progress,
+            self.temperature,
+        )  # fmt: skip
 
 
 def scored(kind: Kind, work: Pruning, data: Calibration) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A Program to a `.laconic` file and back."""
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import LaconicError, StorageError
+from laconic.forms.operators import STORED
 from laconic.program.program import COMBINE, DEQUANTIZE, HASHED, LOOKUP, VECTORS, Program
 from laconic.program.signature import Signature
 from laconic.storage import codecs, container, directory, graphs, shapes
@@ -250,9 +252,29 @@ def _program(
         sparse=_sparse(content.get("sparse", []), held),
     )
     shapes.propagate(program)
+    _check_made(program, sum(entry.decoded for entry in entries), limits)
     _check_codes(program)
     program.recompile()
     return program
+
+
+def _check_made(program: Program, stored: int, limits: Limits) -> None:
+    """Refuse forms that stand for more than a file may hold decoded.
+
+    Raises:
+        StorageError: names the node that goes beyond the limit.
+    """
+    total = stored
+    for node in program.graph.nodes:
+        if node.target in STORED:
+            total += math.prod(node.meta["shape"]) * node.meta["dtype"].itemsize
+            if total > limits.decoded_bytes:
+                raise StorageError(
+                    f"the tensors and what they stand for take {total} bytes and more, the limit "
+                    f"is {limits.decoded_bytes}",
+                    where=node.name,
+                    hint="pass larger limits if you trust the file",
+                )
 
 
 def _check_codes(program: Program) -> None:

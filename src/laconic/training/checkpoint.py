@@ -65,7 +65,7 @@ def identity_of(told: Any, programs: Iterable[Program]) -> str:
 
     Args:
         told: JSON.
-        programs: that the run begins with.
+        programs: that the run begins with and learns from.
     """
     digest = hashlib.sha256(json.dumps(told).encode())
     for program in programs:

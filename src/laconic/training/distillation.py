@@ -35,6 +35,7 @@ class Distillation:
         student: the Program in training; its graph gives `taps` values behind its outputs.
         teacher: gives the original's outputs and as many values behind them.
         outputs: how many outputs the student's graph has without taps.
+        seen: is shown the inputs of every training batch.
     """
 
     task: Task
@@ -47,6 +48,7 @@ class Distillation:
     alpha: float = 1.0
     hard: Literal["labels", "teacher"] = "labels"
     features: float = 0.0
+    seen: Callable[[Sequence[Tensor]], None] | None = None
 
     def __call__(self, forward: Forward, batch: Any, number: int) -> Loss:
         """The loss of batch `number`.
@@ -60,6 +62,8 @@ class Distillation:
         flat = flat_inputs(self.student, inputs, where)
         check_inputs(self.student, flat, where)
         samples = count(self.student, flat)
+        if self.seen is not None and number >= 0:
+            self.seen(flat)
         flat = laid_out(flat, self.device, wants_channels_last(self.student))
         taught = self.teacher(flat, number)
         given = in_float32(forward(*flat))

@@ -8,14 +8,16 @@ are set from (seed, number of the batch), inside a fork that is undone afterward
 own passes) is repeatable because earlier passes are gone through again when a run is resumed.
 """
 
+import hashlib
 import random
 from collections import deque
-from collections.abc import Generator, Iterator, Sized
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from laconic.core.errors import DataError
 from laconic.core.task import Loader
@@ -63,6 +65,35 @@ def seed_all(seed: int, device: torch.device | None = None) -> None:
     np.random.seed(seed % 2**32)  # noqa: NPY002
 
 
+def digest(batch: Any) -> str:
+    """What tells a batch from others: its tensors, numbers and texts, however they nest.
+
+    >>> digest((torch.zeros(2), "a")) == digest((torch.zeros(2), "b"))
+    False
+    """
+    found = hashlib.sha256()
+    _tell(batch, found.update)
+    return found.hexdigest()
+
+
+def _tell(value: Any, told: Callable[[bytes], None]) -> None:
+    if isinstance(value, (Tensor, np.ndarray)):
+        plain = torch.as_tensor(value).detach().cpu().contiguous()
+        told(f"{plain.dtype}{list(plain.shape)}".encode())
+        told(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, Mapping):
+        for key, item in cast("Mapping[Any, Any]", value).items():
+            told(f"{key}:".encode())
+            _tell(item, told)
+    elif isinstance(value, (list, tuple)):
+        told(f"{len(cast('Sequence[Any]', value))}[".encode())
+        for item in cast("Sequence[Any]", value):
+            _tell(item, told)
+    else:
+        known = isinstance(value, (str, bytes, int, float)) or value is None
+        told((repr(value) if known else type(value).__name__).encode())
+
+
 class Feed:
     """An endless stream over a re-iterable of batches; use it inside `forked`."""
 
@@ -100,6 +131,10 @@ class Feed:
             if self._size == 0:
                 raise self._empty()
         return self._size
+
+    def beginning(self) -> str:
+        """A digest of the stream's first batch; "" where looking would count as a pass."""
+        return digest(Feed(self._loader, self._seed, self._where).take()) if self._direct() else ""
 
     def look_ahead(self, count: int) -> list[Any]:
         """The next `count` batches, which `take` will give again."""

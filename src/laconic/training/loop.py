@@ -65,7 +65,8 @@ class Job:
         score: the Program's score, higher is better; None keeps the last state. It is called with
             the settled plan's precision.
         folder: where the state is kept; None keeps none.
-        identity: what run this is; a state on disk is taken up only by the same one.
+        identity: what run this is; a state on disk is taken up only by the same one, on data that
+            begin with the same batch (where looking at it does not count as a pass).
         attendant: takes part in the run.
         start: steps of the plan that are taken as done: rate, data and marks begin there.
     """
@@ -149,6 +150,7 @@ class _Run:
                 hint="make it a multiple of their number",
             )
         self.feed = Feed(job.loader, job.seed)
+        self.identity = f"{job.identity} {self.feed.beginning()}" if job.folder else ""
         trained = [(name, job.program.tensor(name)) for name in job.names]
         self.parameters = [tensor for _, tensor in trained]
         self.optimizer = build(self.plan, self.parameters)
@@ -350,7 +352,7 @@ class _Run:
         }
         try:
             if self.processes.first:
-                self.state.checkpoint(self.job.identity, about).save(folder)
+                self.state.checkpoint(self.identity, about).save(folder)
         except OSError as error:  # training is worth more than its safety copy
             note = f"the state could not be kept in {folder.name}: {error}"
             self.notes += [note] if note not in self.notes else []
@@ -360,7 +362,7 @@ class _Run:
     def _resume(self) -> bool:
         if self.job.folder is None:
             return False
-        found = checkpoint.read(self.job.folder, self.job.identity)
+        found = checkpoint.read(self.job.folder, self.identity)
         step = -1 if found is None else found.state["step"]
         if step != self.processes.agree(step):
             raise StorageError(

@@ -87,8 +87,7 @@ class PruneChannels(Method):
         selection.check(self.ratio, self.importance)
         if isinstance(self.ratio, dict) and self.of != "channels":
             raise ValueError("ratios by site need of: channels")
-        if isinstance(self.block, int) and self.block < 1:
-            raise ValueError(f"block {self.block} is below 1")
+        selection.check_block(self.block)
         return self
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:

@@ -81,8 +81,7 @@ class Dynamic(Learning, Method):
     def _check(self) -> Self:
         if self.begin >= self.end:
             raise ValueError(f"begin {self.begin} is not before end {self.end}")
-        if isinstance(self.block, int) and self.block < 1:
-            raise ValueError(f"block {self.block} is below 1")
+        selection.check_block(self.block)
         return self
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:

@@ -29,18 +29,16 @@ from laconic.solvers import patterns
 from laconic.solvers.obs_layers import Surgeon
 from laconic.solvers.obs_weights import Wanted
 from laconic.solvers.weight_masks import Pruning
-from laconic.solvers.weight_scores import Calibration, scored
+from laconic.solvers.weight_scores import Sampled, scored
 
 
-class Nm(Method):
-    """Options of `prune.nm`.
+class Nm(Sampled, Method):
+    """Options of `prune.nm`; `samples` and `temperature` as in `Sampled`.
 
     Attributes:
         n: so many of every `m` stay.
         m: neighbours that share a pattern.
         score: what a weight is worth: l1, l2, taylor, fisher, wanda, or obs, which also repairs.
-        samples: calibration samples, unlabelled, at most.
-        temperature: the predictions' logits are divided by it before drawing targets.
     """
 
     quick: ClassVar[Mapping[str, Any]] = {"samples": 8}
@@ -48,8 +46,6 @@ class Nm(Method):
     n: int = Field(default=2, ge=1)
     m: int = Field(default=4, ge=2)
     score: Literal["l1", "l2", "taylor", "fisher", "wanda", "obs"] = "obs"
-    samples: int = Field(default=1024, ge=1)
-    temperature: float = Field(default=4.0, gt=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -65,10 +61,7 @@ class Nm(Method):
             DataError: calibration data that are missing, do not fit, or are not finite.
         """
         work = Pruning(program, sites, context.device)
-        data = Calibration(
-            context.task, self.samples, context.seed, context.device, context.progress,
-            self.temperature,
-        )  # fmt: skip
+        data = self.calibration(context)
         aims, readers = self._aims(work), work.layers()
         if self.score == "obs":
             made = Surgeon(work, data, readers).prune(aims)

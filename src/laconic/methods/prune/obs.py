@@ -38,11 +38,11 @@ from laconic.program.sites import Sites
 from laconic.solvers.obs_layers import Surgeon
 from laconic.solvers.obs_weights import Solver, Wanted
 from laconic.solvers.weight_masks import Amount, Pruning, Scope
-from laconic.solvers.weight_scores import Calibration, scored
+from laconic.solvers.weight_scores import Calibration, Sampled, scored
 
 
-class Obs(Method):
-    """Options of `prune.obs`.
+class Obs(Sampled, Method):
+    """Options of `prune.obs`; `samples` and `temperature` as in `Sampled`.
 
     Attributes:
         ratio: part of the weights that goes, from 0 to below 1.
@@ -51,8 +51,6 @@ class Obs(Method):
         allocation: what decides the parts of the tensors with `scope: global`: "magnitude" or
             "fisher".
         solver: "exact", "sweep", or "auto": exact where a layer is small enough for it.
-        samples: calibration samples, unlabelled, at most.
-        temperature: for "fisher": logits are divided by it before drawing targets.
         kept: tensor → how many of its weights stay, in place of everything that chooses them (a
             replay has it).
     """
@@ -64,8 +62,6 @@ class Obs(Method):
     scope: Scope = "global"
     allocation: Literal["magnitude", "fisher"] = "magnitude"
     solver: Solver = "auto"
-    samples: int = Field(default=1024, ge=1)
-    temperature: float = Field(default=4.0, gt=0)
     kept: dict[str, int] | None = None
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
@@ -76,10 +72,7 @@ class Obs(Method):
             DataError: calibration data that are missing, do not fit, or are not finite.
         """
         work = Pruning(program, sites, context.device)
-        data = Calibration(
-            context.task, self.samples, context.seed, context.device, context.progress,
-            self.temperature,
-        )  # fmt: skip
+        data = self.calibration(context)
         readers = work.layers()
         counts = self._counts(work, data) if self.kept is None else dict(self.kept)
         wanted = {name: Wanted(count=counts[name]) for name in work.names if name in counts}

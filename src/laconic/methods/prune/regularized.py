@@ -30,8 +30,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 
-from laconic.core import registry
-from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import CostModel
 from laconic.program.freezing import freeze, is_frozen, thaw
@@ -47,6 +45,7 @@ from laconic.solvers.weight_scores import magnitudes
 
 _NEGLIGIBLE = 1e-3
 _ALL = Sites()
+_FOR_GROUPS = ("of", "importance", "block", "limit", "samples", "keep")
 
 
 class Regularized(Learning, Method):
@@ -88,12 +87,20 @@ class Regularized(Learning, Method):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        known = registry.names("laconic.solvers.importance")
-        if self.importance not in known:
-            raise ValueError(f"no score {self.importance!r}; {nearest(self.importance, known)}")
-        if isinstance(self.block, int) and self.block < 1:
-            raise ValueError(f"block {self.block} is below 1")
+        selection.check(self.ratio, self.importance)
+        selection.check_block(self.block)
+        if self.penalty != "group":
+            self._refuse_group_options()
         return self
+
+    def _refuse_group_options(self) -> None:
+        fields = type(self).model_fields
+        unused = [name for name in _FOR_GROUPS if getattr(self, name) != fields[name].default]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)}: for penalty: group only; {self.penalty} takes single "
+                "weights, by their magnitude"
+            )
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Select, fade, cut, and train what is left; the input stays as it was.

@@ -34,7 +34,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.learning import Course, Learned, Learning, trainable
-from laconic.solvers.rewinding import Snapshot, Values, early_state, levels, put
+from laconic.solvers.rewinding import Snapshot, Values, digest_of, early_state, levels, put
 from laconic.solvers.weight_masks import BYTES, Amount, Keep, Pruning, Scope
 from laconic.solvers.weight_scores import magnitudes
 
@@ -53,6 +53,7 @@ class Rewind(Learning, Method):
         rewind_steps: how many steps into the schedule it goes back to.
         initial: file of the weights after `rewind_steps` steps of the training that the given
             Program comes from: `.safetensors` with a state dict, or `.laconic`.
+        initial_hash: resolved: SHA-256 of the file that was read.
     """
 
     trains: ClassVar[bool] = True
@@ -64,9 +65,12 @@ class Rewind(Learning, Method):
     rewind: Literal["rate", "weights"] = "rate"
     rewind_steps: int = Field(default=0, ge=0)
     initial: str | None = None
+    initial_hash: str | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.initial_hash is not None and self.initial is None:
+            raise ValueError("initial_hash is that of initial, which is not given")
         if self.initial is not None and self.rewind == "rate":
             raise ValueError("initial is for rewind: weights; rate keeps the weights there are")
         if self.steps is not None and self.rewind_steps >= self.steps:
@@ -75,12 +79,16 @@ class Rewind(Learning, Method):
             )
         return self
 
+    def files(self) -> Sequence[str]:
+        """The early state, if it comes from a file."""
+        return () if self.initial is None else (self.initial,)
+
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Prune and train a copy, round by round.
 
         Raises:
-            RecipeError: sites that match nothing; an early state that does not fit; rewinding to
-                behind the end of the training.
+            RecipeError: sites that match nothing; an early state that does not fit, or is not the
+                one that the step was resolved with; rewinding to behind the end of the training.
             StorageError: `initial` cannot be read.
             DataError: no training data, or data that do not fit.
             TrainingError: the loss diverged at once.
@@ -108,6 +116,8 @@ class _Rounds:
         self.state: Values | None = None
         self.given = method
         if method.initial is not None:
+            digest = digest_of(method.initial, method.initial_hash)
+            self.given = method.model_copy(update={"initial_hash": digest})
             self.state = early_state(method.initial, work.program)
         self.first = method.rewind == "weights" and method.initial is None
         trainings = len(goal) + self.first

@@ -17,27 +17,17 @@ Cost: one backward pass over `samples`, in batches of 16; a float for each weigh
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import Field
-
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.weight_masks import Amount, Pruning
-from laconic.solvers.weight_scores import Calibration, scored
+from laconic.solvers.weight_scores import Sampled, scored
 
 
-class Taylor(Amount, Method):
-    """Options of `prune.taylor`; `ratio`, `count`, `threshold`, `scope` as in `Amount`.
-
-    Attributes:
-        samples: calibration samples, unlabelled, at most.
-        temperature: the predictions' logits are divided by it before drawing targets.
-    """
+class Taylor(Amount, Sampled, Method):
+    """Options of `prune.taylor`: fields as in `Amount` and `Sampled`."""
 
     quick: ClassVar[Mapping[str, Any]] = {"samples": 8}
-
-    samples: int = Field(default=1024, ge=1)
-    temperature: float = Field(default=4.0, gt=0)
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Zero the weights of the smallest first-order effect. A replay needs the same data.
@@ -47,11 +37,7 @@ class Taylor(Amount, Method):
             DataError: calibration data that are missing, do not fit, or are not finite.
         """
         work = Pruning(program, sites, context.device)
-        data = Calibration(
-            context.task, self.samples, context.seed, context.device, context.progress,
-            self.temperature,
-        )  # fmt: skip
-        keep = self.kept(scored("taylor", work, data))
+        keep = self.kept(scored("taylor", work, self.calibration(context)))
         return Outcome(
             program=work.close(keep),
             resolved=self.model_dump(mode="json", exclude_defaults=True),

@@ -36,18 +36,16 @@ from laconic.forms.codebook import Codebook
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import curvature, insertion, kmeans, placement
+from laconic.solvers import insertion, kmeans, placement
+from laconic.solvers.curvature import Weighted
 from laconic.solvers.placement import WeightSite
-from laconic.statistics.batches import Batches
-from laconic.statistics.gradients import sampled_loss
 
 _SPARSE = 0.01  # a tensor with a larger share of exact zeros was pruned
-_BATCH = 32
 
 Books = dict[str, list[list[float]]]
 
 
-class Cluster(Method):
+class Cluster(Weighted, Method):
     """Store weights as numbers of a few shared values. Sites are names of weights.
 
     Attributes:
@@ -56,14 +54,10 @@ class Cluster(Method):
         clusters: values of a codebook, 2 to 256, in place of `bits`.
         per: one codebook for each tensor, output channel, or group of output channels.
         group: output channels of a group.
-        weighted: what a squared error counts: "none" all alike, "hessian" the mean square of the
-            input that the weight multiplies, "fisher" the mean squared gradient of the weight.
         start: "exact" finds the best clusters, "linear" and "plusplus" are Lloyd's iteration from
             values at equal distances, or drawn.
         zeros: exact zeros are kept as one of the values; "auto": in pruned tensors, and where more
             than 1 % are zero.
-        samples: calibration samples, for `weighted`.
-        temperature: the predictions' logits are divided by it before `fisher` samples from them.
         codebooks: weight → values, in place of the search (a replay has them).
     """
 
@@ -73,11 +67,8 @@ class Cluster(Method):
     clusters: int | None = Field(default=None, ge=2, le=256)
     per: Literal["tensor", "channel", "group"] = "tensor"
     group: int = Field(default=16, ge=1)
-    weighted: Literal["none", "hessian", "fisher"] = "none"
     start: kmeans.Start = "exact"
     zeros: Literal["auto"] | bool = "auto"
-    samples: int = Field(default=256, ge=1)
-    temperature: float = Field(default=4.0, gt=0)
     codebooks: Books | None = None
 
     @model_validator(mode="after")
@@ -141,15 +132,9 @@ class Cluster(Method):
 
     def _weigh(self, work: "_Work", names: Sequence[str], context: Context) -> None:
         """What an error of each weight counts."""
-        if self.weighted == "none" or not names:
+        if self.weighted == "none":
             return
-        program = work.program.clone().to(context.device)
-        batches = Batches(program, context.task, self.samples, context.device, _BATCH)
-        if self.weighted == "hessian":
-            work.weights = curvature.input_squares(program, names, batches, context.progress)
-        else:
-            loss = sampled_loss(context.task, context.generator(), self.temperature)
-            work.weights = curvature.fisher(program, names, batches, loss, context.progress)
+        work.weights = self.counted(work.program, names, context)
         for name in names:
             if name not in work.weights:
                 work.notes.append(f"{name}: clustered unweighted, no linear map of inputs reads it")

@@ -18,7 +18,7 @@ Cost: milliseconds; a step of training computes the hashes of all positions.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -30,35 +30,26 @@ from laconic.forms.hashed import Hashed
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import curvature, insertion, placement
+from laconic.solvers import insertion, placement
+from laconic.solvers.curvature import Weighted
 from laconic.solvers.placement import WeightSite
-from laconic.statistics.batches import Batches
-from laconic.statistics.gradients import sampled_loss
 
-_BATCH = 32
 _ODD = 0x9E3779B1  # keeps the seeds of neighbouring weights apart
 
 
-class Hash(Method):
+class Hash(Weighted, Method):
     """Keep weights as hashed buckets. Sites are names of weights.
 
     Attributes:
         ratio: buckets in parts of the weight's elements; or glob → ratio, for the weights it
             matches (others stay as they are).
         seed: of the hashes, one drawn from it for each weight; None takes the run's.
-        weighted: what a squared error counts: "none" all alike, "hessian" the mean square of the
-            input that the weight multiplies, "fisher" the mean squared gradient of the weight.
-        samples: calibration samples, for `weighted`.
-        temperature: the predictions' logits are divided by it before `fisher` samples from them.
     """
 
     quick: ClassVar[Mapping[str, Any]] = {"ratio": 0.5, "weighted": "hessian", "samples": 8}
 
     ratio: float | dict[str, float] = 0.125
     seed: int | None = Field(default=None, ge=0, lt=2**32)
-    weighted: Literal["none", "hessian", "fisher"] = "none"
-    samples: int = Field(default=256, ge=1)
-    temperature: float = Field(default=4.0, gt=0)
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Replace the chosen weights by buckets.
@@ -120,15 +111,9 @@ class Hash(Method):
         self, program: Program, names: list[str], context: Context, notes: list[str]
     ) -> dict[str, Tensor]:
         """What an error of each weight counts, where that is known."""
-        if self.weighted == "none" or not names:
+        if self.weighted == "none":
             return {}
-        held = program.clone().to(context.device)
-        batches = Batches(held, context.task, self.samples, context.device, _BATCH)
-        if self.weighted == "hessian":
-            found = curvature.input_squares(held, names, batches, context.progress)
-        else:
-            loss = sampled_loss(context.task, context.generator(), self.temperature)
-            found = curvature.fisher(held, names, batches, loss, context.progress)
+        found = self.counted(program, names, context)
         known = {name: tensor for name, tensor in found.items() if bool(tensor.any())}
         notes += [f"{name}: fitted unweighted, the data say nothing about it"
                   for name in names if name not in known]  # fmt: skip
@@ -141,7 +126,8 @@ def _replace(
     """Buckets in the place of one weight; its figures."""
     held = program.tensor(site.name)
     weight = held.detach().cpu()
-    buckets = min(max(1, round(ratio * weight.numel())), weight.numel() - 1)
+    least = -(-weight.numel() // hashed.SHARING)
+    buckets = min(max(least, round(ratio * weight.numel())), weight.numel() - 1)
     if counted is not None:  # what the data never excite still wants a value
         counted = counted.double().clamp(min=1e-4 * float(counted.double().mean()))
     values = hashed.fitted(weight, buckets, seed, counted)

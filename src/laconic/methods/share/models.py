@@ -1,8 +1,9 @@
 """Several models in one file: what they share is stored once, each adds a small difference.
 
 Idea: fine-tunes of one base, or the members of an ensemble, lie close together. Each shared weight
-becomes the models' mean on a fine grid, plus for every model a difference on a coarse grid whose
-codes are mostly zero, which the entropy coder of the file makes small. Biases, norms and heads of
+becomes a common part on a fine grid, plus for every model a difference on a coarse grid whose codes
+are mostly zero, which the entropy coder of the file makes small. The common part costs the same
+wherever it lies: it stands where the differences get cheap. Biases, norms and heads of
 other widths stay each model's own, rows below each other. One graph computes one model at a time;
 which one is an argument in the graph: `laconic.members(program)` gives every model back, by name,
 as a Program of its own. With a length of training (`steps`, `epochs` or `minutes`) the shared space
@@ -95,6 +96,10 @@ class Models(Plan, Method):
         if len(named) < len(value):
             raise ValueError("two files of one name: give a mapping from names to files")
         return named
+
+    def files(self) -> Sequence[str]:
+        """The models that are stored with this one."""
+        return tuple(self.others.values() if isinstance(self.others, dict) else self.others)
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Store the models together; the input stays as it was.

@@ -34,16 +34,14 @@ from laconic.forms.vectors import Vectors
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import curvature, insertion, placement, vector_kmeans
+from laconic.solvers import insertion, placement, vector_kmeans
+from laconic.solvers.curvature import Weighted
 from laconic.solvers.placement import WeightSite
-from laconic.statistics.batches import Batches
-from laconic.statistics.gradients import sampled_loss
 
-_BATCH = 32
 _FLOOR = 1e-4  # least that an error counts, in parts of the mean
 
 
-class Vector(Method):
+class Vector(Weighted, Method):
     """Store runs of weights as numbers of shared short vectors. Sites are names of weights.
 
     Attributes:
@@ -51,10 +49,6 @@ class Vector(Method):
             length. Or glob → length, for the weights it matches (others stay float).
         codewords: vectors of a list, 2 to 4,096.
         per: a list for each tensor, or one for all tensors with runs of one length.
-        weighted: what a squared error counts: "none" all alike, "hessian" the mean square of the
-            input that the weight multiplies, "fisher" the mean squared gradient of the weight.
-        samples: calibration samples, for `weighted`.
-        temperature: the predictions' logits are divided by it before `fisher` samples from them.
         rounds: of k-means.
         found: resolved: weight → vectors; of several weights with one list the first has them, the
             others name it.
@@ -67,9 +61,6 @@ class Vector(Method):
     dim: int | dict[str, int] = 8
     codewords: int = Field(default=256, ge=2, le=4096)
     per: Literal["tensor", "length"] = "tensor"
-    weighted: Literal["none", "hessian", "fisher"] = "none"
-    samples: int = Field(default=256, ge=1)
-    temperature: float = Field(default=4.0, gt=0)
     rounds: int = Field(default=30, ge=1)
     found: dict[str, list[list[float]] | str] | None = None
 
@@ -145,15 +136,9 @@ class Vector(Method):
 
     def _weigh(self, work: "_Work", names: Sequence[str], context: Context) -> None:
         """What an error of each weight counts."""
-        if self.weighted == "none" or not names:
+        if self.weighted == "none":
             return
-        program = work.program.clone().to(context.device)
-        batches = Batches(program, context.task, self.samples, context.device, _BATCH)
-        if self.weighted == "hessian":
-            work.counted = curvature.input_squares(program, names, batches, context.progress)
-        else:
-            loss = sampled_loss(context.task, context.generator(), self.temperature)
-            work.counted = curvature.fisher(program, names, batches, loss, context.progress)
+        work.counted = self.counted(work.program, names, context)
         for name in names:
             if name not in work.counted or not bool(work.counted[name].any()):
                 work.notes.append(f"{name}: found unweighted, the data say nothing about it")

@@ -26,7 +26,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from laconic.core.errors import RecipeError
 from laconic.methods.base import Changes, Context, Method, Outcome
@@ -40,7 +39,7 @@ from laconic.solvers import duplicates, selection
 from laconic.solvers.channel_region import Region, Regions
 from laconic.solvers.compensate import compensate
 from laconic.solvers.duplicates import Constants, Plan
-from laconic.statistics.batches import Batches, Flat, count
+from laconic.statistics.batches import Batches, Flat, count, told_nothing
 
 _BATCH = 128
 _MOST_NOTES = 20
@@ -171,11 +170,8 @@ class _Job:
         if method.dead == "provable":
             return found
         batches = self._data()
-        if all(_constant(batch) for batch in batches):
-            self.notes.append(
-                "every calibration sample is the same constant: what is dead on these data says "
-                "nothing, only provably dead channels went"
-            )
+        if told_nothing(batches):
+            self.notes.append("what is dead on these data: only provably dead channels went")
             return found
         rows = sum(count(self.work, batch) for batch in batches)
         widest = max((region.group.size for region in regions), default=0)
@@ -251,11 +247,8 @@ class _Job:
                 Batches(self.program, self.context.task, samples=self.method.samples,
                         device=device, size=_BATCH)
             )  # fmt: skip
+            self.notes += told_nothing(self._batches)
         return self._batches
-
-
-def _constant(batch: Sequence[Tensor]) -> bool:
-    return all(bool((t == t.flatten()[:1]).all()) for t in batch if t.numel())
 
 
 def _short(notes: Sequence[str]) -> list[str]:
