@@ -3,11 +3,17 @@
 Rows for each ratio: `prune_2x1` (compensated, before any gradient step), `10min_2x1` and `1h_2x1`
 (recovery by distillation from the pruned network, so many minutes by the clock), and `test`: all
 of them on the rows that were never used to choose, and on all 10,000.
+
+Rows of a latency budget in place of multiply-adds (`benchmarks.resnet56_latency`), compensated and
+not trained, like `prune_2x1`: `ms_openvino_b32_100` was asked for 100 % of the milliseconds of
+`prune_2x1` in OpenVINO at batch 32, and so on. `latency`: these, `prune_2x1` and the whole network
+timed in turns, one thread.
 """
 
 from pathlib import Path
 from typing import Any
 
+from benchmarks import resnet56_latency as budgets
 from benchmarks.harness import Bench, Row
 from benchmarks.resnet56_main import CALIBRATION, Job
 from benchmarks.stages import Stages, apply
@@ -19,6 +25,12 @@ MINUTES = {"10min": 10.0, "1h": 60.0}
 PRUNE: dict[str, Any] = {
     "method": "prune.channels", "sites": "layer?.?.conv1.out", "block": 1,
 }  # fmt: skip
+RIVAL = "prune_2x1"
+BLOCK = 8
+BUDGETS = (
+    ("openvino", 1, 100), ("openvino", 32, 100), ("openvino", 32, 90), ("eager", 32, 100),
+    ("eager", 32, 90),
+)  # fmt: skip
 RECOVER: dict[str, Any] = {"method": "distill.logits", "ema": 0.998}
 
 
@@ -59,15 +71,57 @@ def ratio_rows(job: Channels, name: str, ratio: float) -> dict[str, Row]:
     return found
 
 
+def budget_rows(job: Channels) -> dict[str, Row]:
+    """As fast as the network of the MACs budget, or faster, by the clock of a runtime."""
+    found: dict[str, Row] = {}
+    for runtime, batch, percent in BUDGETS:
+        name = f"ms_{runtime}_b{batch}_{percent}"
+        plan = budgets.QUICK if job.quick else budgets.TABLE
+        clock = budgets.Clock(runtime, batch, threads=1, plan=plan)
+        options = {
+            "sites": PRUNE["sites"],
+            "block": BLOCK,
+            "samples": 128 if job.quick else CALIBRATION,
+        }
+        told: Row = {}
+
+        def make(
+            part: float = percent / 100, clock: budgets.Clock = clock, told: Row = told,
+            options: dict[str, Any] = options,
+        ) -> Any:  # fmt: skip
+            rival = job.stages.program(RIVAL)
+            made, figures = budgets.as_fast_as(
+                job.program, rival, part, clock, job.context(), **options
+            )
+            told |= figures
+            return made
+
+        def measure(program: Program, told: Row = told) -> Row:
+            return {**job.pruned(program), **told}
+
+        found[name] = job.stages.row(
+            name, make, measure, runtime=runtime, batch=batch, percent=percent, **options,
+            weights=job.weights, seed=job.args.seed,
+        )  # fmt: skip
+    return found
+
+
+def latency_row(job: Channels, names: list[str]) -> Row:
+    """The whole network, that of the MACs budget and those of latency budgets, in turns."""
+    programs = {"whole": job.program}
+    programs |= {name: job.stages.program(name) for name in names if job.stages.path(name).exists()}
+    return budgets.side_by_side(programs, RIVAL, 1, job.quick)
+
+
 def test_row(job: Channels) -> Row:
     """Every stage there is on the test rows (never used to choose) and on all 10,000."""
     found: Row = {}
-    for stage in ("prune", *MINUTES):
-        for name in RATIOS:
-            if job.stages.path(f"{stage}_{name}").exists():
-                program = job.stages.program(f"{stage}_{name}")
-                for split in ("test", "all"):
-                    found[f"{stage}_{name}_{split}"] = job.score(program, split)
+    stages = [f"{stage}_{name}" for stage in ("prune", *MINUTES) for name in RATIOS]
+    for stage in (*stages, *(f"ms_{way}_b{batch}_{part}" for way, batch, part in BUDGETS)):
+        if job.stages.path(stage).exists():
+            program = job.stages.program(stage)
+            for split in ("test", "all"):
+                found[f"{stage}_{split}"] = job.score(program, split)
     return found
 
 
@@ -93,6 +147,11 @@ def main(argv: list[str] | None = None) -> Row:
     rows: dict[str, Row] = {}
     for name, ratio in RATIOS.items():
         rows |= ratio_rows(job, name, ratio)
+    rows |= budget_rows(job)
+    held = [name for name in rows if name.startswith("ms_")]
+    rows["latency"] = bench.row(
+        "latency", lambda: latency_row(job, [RIVAL, *held]), weights=job.weights
+    )
     rows["test"] = bench.row("test", lambda: test_row(job), weights=job.weights)
     return bench.finish(**summary(rows))
 
