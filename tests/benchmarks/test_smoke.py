@@ -106,3 +106,35 @@ def test_merging(run):
     assert line["planted_difference"] < 1e-5
     assert line["repvgg_layers"] == 10
     assert line["repvgg_difference"] < 1e-5
+
+
+def test_transformer_pruning(run):
+    only = ["vit_dense", "vit_pruned", "vit_recovered", "test", "latency"]
+    line = run("transformer_pruning", *(word for name in only for word in ("--only", name)))
+    keys = ["vit_speedup", "vit_accuracy", "vit_accuracy_dense", "vit_accuracy_before_training"]
+    assert all(isinstance(line[key], float) for key in keys)
+    (tried,) = line["rows"]["vit_pruned"]["values"]["candidates"].values()
+    assert len(tried["dropped"]) == 2
+    assert tried["speedup"] > 1.05
+    assert tried["macs_ratio"] > 1.2
+
+
+def test_method_cost(run):
+    only = ["prune.magnitude@resnet50", "prune.heads@resnet50", "prune.wanda@bert_base"]
+    line = run("method_cost", *(word for name in only for word in ("--only", name)))
+    assert set(line["methods"]) == {only[0], only[2]}
+    assert "no attention" in line["does_not_apply"][only[1]][-1]
+    for row in line["methods"].values():
+        assert row["peak_mb"] > row["model_mb"] > 0
+        assert row["seconds"] >= 0
+
+
+def test_resnet56_channels_by_latency(run, data_dir):
+    weights = data_dir / "resnet_cifar10" / "resnet20.safetensors"
+    only = ["prune_2x1", "ms_eager_b32_90", "latency"]
+    names = [word for name in only for word in ("--only", name)]
+    line = run("resnet56_channels", "--weights", str(weights), "--depth", "20", *names)
+    rows = {name: row["values"] for name, row in line["rows"].items()}
+    cut = rows["ms_eager_b32_90"]
+    assert cut["met_ms"] <= (1 - cut["ratio"]) * cut["met_whole_ms"] * (1 + 1e-6)
+    assert rows["latency"]["ms_eager_b32_90_eager_b32_speedup"] > 0

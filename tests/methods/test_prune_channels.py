@@ -241,6 +241,26 @@ def test_measured_milliseconds_fall_by_the_ratio_and_a_replay_measures_nothing(r
     assert "latency" not in again.figures
 
 
+@pytest.mark.parametrize("of", ["macs", "parameters", "ms"])
+def test_against_the_original_counts_what_earlier_steps_have_saved(of):
+    program, context = setting("resnet")
+    options = {"of": of, "importance": "l1", **PLAIN}
+    half = Timed(ratio=0.3, **options).apply(program, Sites(), context).program
+    outcome = Timed(ratio=0.5, against="original", **options).apply(half, Sites(), context)
+    whole, left = (
+        found.params if of == "parameters" else found.macs
+        for found in (cost(program), cost(outcome.program))
+    )
+    assert 0.5 - 1e-3 <= 1 - left / whole < 0.65
+    enough = Timed(ratio=0.2, against="original", **options).apply(half, Sites(), context)
+    assert cost(enough.program).macs == cost(half).macs
+    again = Untimed(**outcome.resolved).apply(half, Sites(), context)
+    for (name, one), (_, two) in zip(
+        outcome.program.tensors(), again.program.tensors(), strict=True
+    ):
+        assert torch.equal(one, two), name
+
+
 def test_milliseconds_come_from_the_runtime_of_the_context():
     layers = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
     program = capture(layers.eval(), torch.randn(2, 3, 64, 64))
@@ -269,6 +289,7 @@ def test_milliseconds_come_from_the_runtime_of_the_context():
         ({"rounds": 0}, "greater than or equal to 1"),
         ({"of": "flops"}, "macs"),
         ({"ratio": {"a": 0.5}, "of": "ms"}, "of: channels"),
+        ({"against": "original", "of": "channels"}, "macs, parameters or ms"),
     ],
 )
 def test_bad_options_are_refused(options, words):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from laconic.program.cost import CostModel
+from laconic.program.cost import CostModel, cost
 from laconic.program.groups import Groups, groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
@@ -28,6 +28,8 @@ from laconic.statistics.batches import Batches, Flat, told_nothing
 from laconic.statistics.convoy import affordable
 from laconic.statistics.gradients import sampled_loss
 
+Against = Literal["input", "original"]
+
 _BATCH = 128  # samples that go through the network side by side
 
 
@@ -38,6 +40,7 @@ class Plan:
     Attributes:
         ratios: glob → part of the cost that is to go from the groups it matches.
         of: the cost.
+        against: what a ratio is a part of: the cost of the program given, or of the run's original.
         importance: name of a score.
         scope: "global" or "layer".
         block: kept indices are multiples of it; "auto" measures which one the runtime likes.
@@ -52,6 +55,7 @@ class Plan:
 
     ratios: Mapping[str, float]
     of: Of = "macs"
+    against: Against = "input"
     importance: str = "obs"
     scope: Scope = "global"
     block: Literal["auto"] | int = 1
@@ -94,7 +98,13 @@ class Shrinking:
         self._device = _device(program)
         self._batches: list[Flat] | None = None
         timer = timer or Stopwatch(context.runtime, context.threads)
-        self._latency = Goal(self.dense, timer, self.notes)
+        self._latency = Goal(self._whole(), timer, self.notes)
+
+    def _whole(self) -> Program:
+        """The program that ratios are parts of."""
+        if self.plan.against == "input":
+            return self.dense
+        return _ready(self.context.original, self.context.device)
 
     def choose(self, names: Sequence[str]) -> tuple[Keep, int | str]:
         """Score and allocate among groups: the kept indices and the block that was used.
@@ -139,7 +149,7 @@ class Shrinking:
             wishes.append(
                 Wish(
                     tuple(chosen),
-                    ratio,
+                    self._part(ratio),
                     plan.of,
                     plan.importance,
                     plan.scope,
@@ -149,6 +159,15 @@ class Shrinking:
                 )
             )
         return wishes
+
+    def _part(self, ratio: float) -> float:
+        """A ratio as a part of what the program given costs; latencies are measured."""
+        plan = self.plan
+        if plan.against == "input" or plan.of == "ms":
+            return ratio
+        whole, now = cost(self._whole()), cost(self.dense)
+        larger = whole.macs / now.macs if plan.of == "macs" else whole.params / now.params
+        return max(0.0, 1 - (1 - ratio) * larger)
 
     def _shrink(self, keep: Keep) -> tuple[Program, Groups]:
         small = self._cut(keep)[0]

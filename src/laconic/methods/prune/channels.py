@@ -38,7 +38,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import selection
 from laconic.solvers.allocate import Of, Scope
-from laconic.solvers.shrinking import Plan, Shrinking
+from laconic.solvers.shrinking import Against, Plan, Shrinking
 from laconic.solvers.stopwatch import Stopwatch, Timer
 
 
@@ -50,6 +50,9 @@ class PruneChannels(Method):
             groups it matches (with `of: channels` only).
         of: the cost: "macs" or "parameters" of the whole program, "channels" of the selected
             groups, or "ms": milliseconds of the whole program, measured in the run's runtime.
+        against: what `ratio` is a part of: the cost of the program that the step is given
+            ("input"), or of the run's original ("original"), so that what earlier steps have saved
+            counts: one budget for dropped layers, heads and widths together.
         importance: score: obs, fisher, taylor, l1, l2, entropy, apoz, bn_scale, geometric_median,
             or random (the control).
         scope: "global" takes where it harms least for what it saves, "layer" takes the same part
@@ -70,6 +73,7 @@ class PruneChannels(Method):
 
     ratio: float | dict[str, float] = 0.5
     of: Of = "macs"
+    against: Against = "input"
     importance: str = "obs"
     scope: Scope = "global"
     block: Literal["auto"] | int = "auto"
@@ -87,6 +91,8 @@ class PruneChannels(Method):
         selection.check(self.ratio, self.importance)
         if isinstance(self.ratio, dict) and self.of != "channels":
             raise ValueError("ratios by site need of: channels")
+        if self.against == "original" and self.of == "channels":
+            raise ValueError("against: original needs of: macs, parameters or ms")
         selection.check_block(self.block)
         return self
 
@@ -123,6 +129,7 @@ class PruneChannels(Method):
         return Plan(
             ratios=self.ratio if isinstance(self.ratio, dict) else {"*": self.ratio},
             of=self.of,
+            against=self.against,
             importance=self.importance,
             scope=self.scope,
             block=self.block,
