@@ -22,6 +22,7 @@ from laconic.program.groups import groups
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
 from laconic.runtimes._export import lower_weights
+from laconic.solvers import curvature, together
 from laconic.testing import contracts
 from laconic.testing.contracts import Case, own_outputs
 from laconic.testing.masked import masked
@@ -142,6 +143,38 @@ def test_equal_models_cost_nothing_more(tmp_path):
         assert members.names(outcome.program) == ()
         assert outcome.figures["ratio"] == 1.0
         assert any("one that stands for all" in note for note in outcome.notes)
+
+
+def test_steps_are_finer_where_errors_count_more(tmp_path):
+    """By the root: an error that counts 16 times as much gets a quarter of the step."""
+    _, programs, _, _, _ = setting(tmp_path)
+    names = ["conv.weight", "mix.weight"]  # 216 elements, which sets the step, and 64
+    ones = {name: torch.ones_like(programs["first"].tensor(name)).double() for name in names}
+    plain = together.join(programs, names, 8, 0.1, ones)
+    more = together.join(programs, names, 8, 0.1, {**ones, "mix.weight": 16 * ones["mix.weight"]})
+    steps = [made.program.tensor("mix.weight_scale") for made in (plain, more)]
+    assert torch.allclose(steps[0], 4 * steps[1])
+    for name in programs:
+        assert more.errors["conv.weight"][name] == plain.errors["conv.weight"][name]
+        assert more.errors["mix.weight"][name] < 0.5 * plain.errors["mix.weight"][name]
+
+
+def test_what_counts_is_asked_of_each_model_on_its_own_data(tmp_path):
+    _, programs, files, _, x = setting(tmp_path)
+    data = {name: (1 + number) * x for number, name in enumerate(programs)}
+    labels = torch.zeros(4, dtype=torch.long)
+    named = [{name: (own, labels)} for name, own in data.items()]
+    context = Context(task=classification(train=named), original=programs["first"], seed=1)
+    names = ["conv.weight", "mix.weight", "head.weight"]
+    counts = {name: torch.zeros_like(programs["first"].tensor(name)).double() for name in names}
+    for model, program in programs.items():
+        for name, found in curvature.input_squares(program, names, [(data[model],)]).items():
+            counts[name] += found
+    wanted = together.join(programs, names, 8, 0.1, counts).program
+    options = {"others": files, "error": 0.1, "weighted": "hessian"}
+    made = Models(**options).apply(programs["first"], Sites(), context).program
+    for name, tensor in wanted.tensors():
+        assert torch.equal(made.tensor(name), tensor), name
 
 
 def test_heads_of_other_widths(tmp_path):

@@ -13,15 +13,16 @@ from torch import Tensor
 
 PRICE = 0.1  # of a bit, in squares of a step: about 2 ln 2 / 12, what a bit saves on a fine grid
 _ROUNDS = 3
+_FARTHEST = 4.0  # from the price of an element to that of the mean
 _FEW = 0.5  # counted for codes that did not come up
 
 
-def whole_steps(values: Tensor, price: float = PRICE) -> tuple[Tensor, Tensor]:
+def whole_steps(values: Tensor, price: float | Tensor = PRICE) -> tuple[Tensor, Tensor]:
     """Codes of each tensor and the common part.
 
     Args:
         values: float64 `[tensors, *shape]`, in steps.
-        price: of a bit.
+        price: of a bit, one for all or `[*shape]`.
 
     Returns:
         whole codes, float64 `[tensors, *shape]`; the common part, float64 `[*shape]`, in steps:
@@ -31,9 +32,24 @@ def whole_steps(values: Tensor, price: float = PRICE) -> tuple[Tensor, Tensor]:
     for _ in range(_ROUNDS):
         bits = [_bits(each) for each in codes]
         for number, table in enumerate(bits):
-            codes[number] = _best(values, codes, number, table * price)
+            codes[number] = _best(values, codes, number, table, price)
         codes -= codes.median(0).values
     return codes, (values - codes).mean(0)
+
+
+def prices(counts: Tensor) -> Tensor:
+    """The price of a bit for each element of a tensor: low where an error counts much.
+
+    Args:
+        counts: float64 `[*shape]`, what a squared error of each element counts. Its rows and its
+            columns are looked at (their means): single elements are known too badly.
+    """
+    rows = counts.flatten(1) if counts.ndim > 1 else counts[None]
+    mean = rows.mean().clamp(min=torch.finfo(torch.float64).tiny)
+    smooth = rows.mean(1, keepdim=True) * rows.mean(0, keepdim=True) / mean
+    return PRICE * (mean / smooth).clamp(1 / _FARTHEST, _FARTHEST).nan_to_num(1).reshape(
+        counts.shape
+    )
 
 
 def _bits(codes: Tensor) -> Tensor:
@@ -45,7 +61,9 @@ def _bits(codes: Tensor) -> Tensor:
     return found
 
 
-def _best(values: Tensor, codes: Tensor, number: int, costs: Tensor) -> Tensor:
+def _best(
+    values: Tensor, codes: Tensor, number: int, bits: Tensor, price: float | Tensor
+) -> Tensor:
     """The codes of one tensor, those of the others given: none, the same, or one step away."""
     rest = values - codes
     others = rest.sum(0) - rest[number]
@@ -54,6 +72,6 @@ def _best(values: Tensor, codes: Tensor, number: int, costs: Tensor) -> Tensor:
     wanted = values[number] - centre  # error is share * (wanted - code)^2 and a constant
     nearest = wanted.round()
     tried = torch.stack([nearest, nearest - nearest.sign(), torch.zeros_like(nearest)])
-    sizes = tried.abs().long().clamp(max=len(costs) - 1)
-    cost = share * (wanted - tried).square() + costs[sizes]
+    sizes = tried.abs().long().clamp(max=len(bits) - 1)
+    cost = share * (wanted - tried).square() + bits[sizes] * price
     return tried.gather(0, cost.argmin(0)[None])[0]

@@ -22,6 +22,7 @@ from laconic.solvers.placement import WeightSite
 from laconic.solvers.ranges import Grid
 
 _WIDEST = 127
+_APART = 8.0  # between a step by what errors count and one by size alone
 _INSIDE = 0.49  # steps from a code within which a value has this code
 
 
@@ -98,7 +99,13 @@ def gridded(program: Program, names: Sequence[str], bits: int) -> Program:
     return made
 
 
-def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: float) -> Together:
+def join(
+    models: Mapping[str, Program],
+    names: Sequence[str],
+    bits: int,
+    error: float,
+    counts: Mapping[str, Tensor] | None = None,
+) -> Together:
     """One Program of models that fit on each other.
 
     Args:
@@ -108,6 +115,9 @@ def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: 
         error: relative error that the differences may leave in the largest weight: their step is
             `error * sqrt(12)` times its root mean square. A smaller weight gets less, by the root
             of its size: errors of layers add up alike, while bits are paid for elements.
+        counts: weight → float64 of its shape, what a squared error of each element counts. Steps
+            are then as the root of one over their mean, the largest weight's as without, and in a
+            weight the elements that count get more of the bits.
 
     Raises:
         DataError: weights that are not finite.
@@ -116,7 +126,7 @@ def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: 
     program = made.program
     sites = {site.name: site for site in placement.weight_sites(program)[0]}
     program.sparse = frozenset().union(*(model.sparse for model in models.values()))
-    largest = max((program.tensor(name).numel() for name in names), default=1)
+    step = _steps(models, names, error, counts or {})
     for name, _ in list(program.tensors()):
         held = {key: model.tensor(name).detach() for key, model in models.items()}
         values = list(held.values())
@@ -128,8 +138,8 @@ def join(models: Mapping[str, Program], names: Sequence[str], bits: int, error: 
         elif equal:
             _on_grid(program, sites[name], values[0], sites[name].axis, bits)
         elif alike and name not in program.sparse:
-            own = error * math.sqrt(values[0].numel() / largest)
-            made.errors[name] = _shared(program, sites[name], held, bits, own)
+            price = common_part.prices(counts[name]) if counts and name in counts else None
+            made.errors[name] = _shared(program, sites[name], held, bits, (step[name], price))
         else:
             why = "its zeros would be lost" if alike else "the models' differ in shape"
             made.notes.append(f"{name}: stored model by model, {why}")
@@ -176,17 +186,44 @@ def _finite(name: str, weight: Tensor) -> None:
         raise DataError("the weight holds NaN or infinite values", where=name)
 
 
+def _steps(
+    models: Mapping[str, Program],
+    names: Sequence[str],
+    error: float,
+    counts: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Weight → the step of its differences."""
+    made: dict[str, float] = {}
+    sizes = {name: next(iter(models.values())).tensor(name).numel() for name in names}
+    largest = max(sizes, key=lambda name: sizes[name], default="")
+    for name in names:
+        squares = [float(m.tensor(name).detach().double().square().mean()) for m in models.values()]
+        size = math.sqrt(sum(squares) / len(squares) * sizes[name] / sizes[largest])
+        made[name] = max(error * math.sqrt(12) * size, torch.finfo(torch.float32).tiny)
+    means = {name: float(counts[name].mean()) for name in names if name in counts}
+    if means.get(largest):
+        for name, mean in means.items():
+            wanted = made[largest] * math.sqrt(means[largest] / mean) if mean else math.inf
+            made[name] = min(max(wanted, made[name] / _APART), made[name] * _APART)
+    return made
+
+
 def _shared(
-    program: Program, site: WeightSite, held: Mapping[str, Tensor], bits: int, error: float
+    program: Program,
+    site: WeightSite,
+    held: Mapping[str, Tensor],
+    bits: int,
+    how: tuple[float, Tensor | None],
 ) -> dict[str, float]:
     """A common part on a grid and all differences; the relative error of each model's weight."""
     values = list(held.values())
     for value in values:
         _finite(site.name, value)
     stack = torch.stack(values).double()
-    step = error * math.sqrt(12) * float(stack.square().mean().sqrt())
-    step = max(step, torch.finfo(torch.float32).tiny)
-    codes, common = common_part.whole_steps(stack / step)
+    step, price = how
+    codes, common = common_part.whole_steps(
+        stack / step, common_part.PRICE if price is None else price
+    )
     mean = (common * step).to(values[0].dtype)
     fine = ranges.weight_grid(mean, site.axis, "mse", bits)
     base = ranges.on_grid(mean, site.axis, fine)

@@ -24,24 +24,25 @@ a run of every model that the batch belongs to.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from pydantic import Field, field_validator
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from laconic import storage
 from laconic.core.errors import DataError, RecipeError
-from laconic.core.task import Task
+from laconic.core.task import Loader, Task
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program import members
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import placement, together
+from laconic.solvers.curvature import Weighted
 from laconic.solvers.together import Together
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, kind_for
@@ -57,11 +58,12 @@ _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.defaul
 _LENGTHS = ("steps", "epochs", "minutes")
 
 
-class Models(Plan, Method):
+class Models(Weighted, Plan, Method):
     """Store several models of one graph together. Sites are the weights that they share.
 
-    See `Plan` for the fields of training; without a length there is none. A training batch teaches
-    every model; one that is a mapping from models' names to batches teaches each on its own.
+    See `Plan` for the fields of training; without a length there is none. See `Weighted` for what
+    errors count: where they count more, steps are finer. A training or calibration batch is for
+    every model; one that is a mapping from models' names to batches has one for each.
 
     Attributes:
         others: name → `.laconic` file of the models to store with this one; or a list of files,
@@ -72,7 +74,7 @@ class Models(Plan, Method):
             one less, by the root of its size. The larger, the smaller the file.
         size: largest file, in parts of the file of this model alone on the same grid: the least
             `error` that keeps it is found. Training is left a little room.
-        temperature: of the softened outputs that training compares.
+        temperature: of the softened outputs that training compares, and of `weighted: fisher`.
         hashes: resolved: name → SHA-256 of the file that was read.
     """
 
@@ -118,7 +120,8 @@ class Models(Plan, Method):
         models, hashes = self._read(program)
         together.check_alike(models)
         alone = _bytes(together.gridded(program, names, self.bits))
-        made, error = self._joined(models, names, alone)
+        counts = self._counts(models, names, context)
+        made, error = self._joined(models, names, alone, counts)
         work = _Work(made, {"error": error, "hashes": hashes}, alone)
         trained = self._train(work, models, context)
         return self._outcome(work, models, trained)
@@ -153,8 +156,27 @@ class Models(Plan, Method):
                 )
         return models, hashes
 
+    def _counts(
+        self, models: Mapping[str, Program], names: Sequence[str], context: Context
+    ) -> dict[str, Tensor]:
+        """What errors of each weight count, all models together."""
+        total: dict[str, Tensor] = {}
+        if self.weighted == "none":
+            return total
+        loader = context.task.batches("calibration", "train")
+        for model, program in models.items():
+            task = replace(context.task, calibration=_Own(loader, model, frozenset(models)))
+            found = self.counted(program, names, replace(context, task=task))
+            for name, tensor in found.items():
+                total[name] = total[name] + tensor if name in total else tensor
+        return {name: tensor.cpu() for name, tensor in total.items()}
+
     def _joined(
-        self, models: Mapping[str, Program], names: Sequence[str], alone: int
+        self,
+        models: Mapping[str, Program],
+        names: Sequence[str],
+        alone: int,
+        counts: Mapping[str, Tensor],
     ) -> tuple[Together, float]:
         """The models together, within the size that was asked for, and the error that led there.
 
@@ -162,10 +184,10 @@ class Models(Plan, Method):
             RecipeError: a size below what is possible; says how low it can go.
         """
         if self.size is None or self.hashes is not None:
-            return together.join(models, names, self.bits, self.error), self.error
+            return together.join(models, names, self.bits, self.error, counts), self.error
         low, high = _FINEST, _COARSEST
         goal = self.size * alone * (1 - _GROWTH if self._trains() else 1)
-        best = together.join(models, names, self.bits, high)
+        best = together.join(models, names, self.bits, high, counts)
         least = _bytes(best.program)
         if least > goal:
             raise RecipeError(
@@ -176,7 +198,7 @@ class Models(Plan, Method):
             )
         for _ in range(_ROUNDS):
             middle = (low * high) ** 0.5
-            tried = together.join(models, names, self.bits, middle)
+            tried = together.join(models, names, self.bits, middle, counts)
             if _bytes(tried.program) <= goal:
                 best, high = tried, middle
             else:
@@ -256,6 +278,25 @@ class _Work:
     alone: int = 0
 
 
+@dataclass(frozen=True)
+class _Own:
+    """The batches of one model out of a loader's; batches without names are everybody's."""
+
+    loader: Loader
+    name: str
+    models: frozenset[str]
+
+    def __iter__(self) -> Iterator[Any]:
+        first: Any = getattr(self.loader, "set_epoch", None)
+        if first is not None:
+            first(0)  # the same samples each time
+        for batch in self.loader:
+            if not _by_model(batch, self.models):
+                yield batch
+            elif self.name in batch:
+                yield batch[self.name]
+
+
 class _Lesson:
     """The objective: every model of the joint Program gives what its separate self gives."""
 
@@ -276,7 +317,7 @@ class _Lesson:
         del forward
         if not self._parts:  # here, because the loop has moved the tensors by now
             self._parts = {name: self._part(name) for name in self._models}
-        own = isinstance(batch, Mapping) and bool(batch) and set(batch) <= set(self._models)
+        own = _by_model(batch, self._models)
         some = own and len(batch) < len(self._models)
         if some and self._plan.accumulate != 1 and _normalises(self._student):
             raise DataError(
@@ -307,6 +348,11 @@ class _Lesson:
             kind=kind_for(task), temperature=self._temperature,
         )  # fmt: skip
         return part, lesson
+
+
+def _by_model(batch: Any, models: Collection[str]) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a batch maps names of models to batches of their own."""
+    return isinstance(batch, Mapping) and bool(batch) and set(batch) <= set(models)
 
 
 def _normalises(program: Program) -> bool:
