@@ -7,7 +7,7 @@ of them on the rows that were never used to choose, and on all 10,000.
 Rows of a latency budget in place of multiply-adds (`benchmarks.resnet56_latency`), compensated and
 not trained, like `prune_2x1`: `ms_openvino_b32_100` was asked for 100 % of the milliseconds of
 `prune_2x1` in OpenVINO at batch 32, and so on. `latency`: these, `prune_2x1` and the whole network
-timed in turns, one thread.
+timed in turns, one thread, in milliseconds of the processor.
 """
 
 from pathlib import Path
@@ -76,8 +76,8 @@ def budget_rows(job: Channels) -> dict[str, Row]:
     found: dict[str, Row] = {}
     for runtime, batch, percent in BUDGETS:
         name = f"ms_{runtime}_b{batch}_{percent}"
-        plan = budgets.QUICK if job.quick else budgets.TABLE
-        clock = budgets.Clock(runtime, batch, threads=1, plan=plan)
+        turns = budgets.QUICK if job.quick else budgets.TABLE
+        clock = budgets.Clock(runtime, batch, threads=1, turns=turns)
         options = {
             "sites": PRUNE["sites"],
             "block": BLOCK,

@@ -8,9 +8,11 @@ sixteen at a time, and in between a network gets worse without getting faster. R
 """
 
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,6 @@ from pydantic import ConfigDict
 from torch import Tensor
 
 from benchmarks.harness import Row
-from laconic.measuring.latency import Plan, compare
 from laconic.methods.base import Context, Outcome
 from laconic.methods.prune.channels import PruneChannels
 from laconic.program.program import Program
@@ -28,11 +29,38 @@ from laconic.runtimes.base import Precision
 from laconic.runtimes.openvino import OpenVino
 from laconic.solvers.stopwatch import Timer
 
-# others compute on this machine meanwhile: what counts are turns taken in one run, and their ratios
-TABLE = Plan(rounds=15, seconds=0.01, calls=1, warm_calls=1, rest=0.002, disturbance=8.0)
-TURNS = Plan(rounds=21, seconds=0.05, calls=2, warm_calls=1, rest=0.005, disturbance=8.0)
-QUICK = Plan(rounds=2, seconds=0.01, calls=2, rest=0.0, disturbance=8.0)
 Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How long and how often to measure: rounds of turns, each of so many seconds at least."""
+
+    rounds: int
+    seconds: float
+
+
+TABLE, TOGETHER, QUICK = Turns(7, 0.02), Turns(15, 0.06), Turns(2, 0.005)
+
+
+def timed(calls: Mapping[str, Call], turns: Turns) -> dict[str, list[float]]:
+    """Processor milliseconds of a call by name, one number a round; all take turns in every round.
+
+    Time of the processor, of all threads of this process, is what one thread needs by itself on a
+    machine that has other work to do as well.
+    """
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for number in range(turns.rounds):
+        for name in list(calls) if number % 2 == 0 else list(calls)[::-1]:
+            calls[name]()
+            start, count = time.process_time(), 0
+            while (spent := time.process_time() - start) < turns.seconds or count < 2:
+                calls[name]()
+                count += 1
+            found[name].append(1e3 * spent / count)
+    return found
 
 
 @dataclass(frozen=True)
@@ -43,23 +71,22 @@ class Clock:
         runtime: "openvino", or "eager" for PyTorch itself.
         batch: samples a call.
         threads: of either.
-        plan: lengths and repeats of a measurement.
+        turns: of a measurement.
     """
 
     runtime: str
     batch: int
     threads: int = 1
-    plan: Plan = TABLE
+    turns: Turns = TABLE
 
     def __call__(self, programs: Mapping[str, Program]) -> dict[str, float]:
-        """Milliseconds by name: of each its fastest turn."""
+        """Processor milliseconds by name: of each its fastest turn."""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             calls = {
                 name: self.call(program, Path(folder) / f"timed{number}.xml")
                 for number, (name, program) in enumerate(programs.items())
             }
-            found = compare(calls, plan=self.plan)
-        return {name: held.low or held.value for name, held in found.latency.items()}
+            return {name: min(held) for name, held in timed(calls, self.turns).items()}
 
     def call(self, program: Program, path: Path, precision: Precision = "fp32") -> Call:
         """One inference of a program; the file it needs, if any, is written to `path`."""
@@ -123,7 +150,7 @@ def as_fast_as(
 
 
 def side_by_side(programs: Mapping[str, Program], rival: str, threads: int, quick: bool) -> Row:
-    """Milliseconds of every program in every runtime, batch 1 and 32, all in turns in one run.
+    """Processor milliseconds of every program in every runtime, batch 1 and 32, in turns.
 
     `<program>_<runtime>_b<batch>`, with `_low` and `_high` of the turns, and `_speedup`: how many
     times faster than `rival`, the median of the rounds' own ratios.
@@ -134,7 +161,6 @@ def side_by_side(programs: Mapping[str, Program], rival: str, threads: int, quic
         "openvino_fp32": ("openvino", "fp32"),
         "eager": ("eager", "fp32"),
     }
-    plan = QUICK if quick else TURNS
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for batch in (1, 32):
             for way, (runtime, precision) in ways.items():
@@ -143,15 +169,14 @@ def side_by_side(programs: Mapping[str, Program], rival: str, threads: int, quic
                     name: clock.call(program, Path(folder) / f"{name}_{way}_{batch}.xml", precision)
                     for name, program in programs.items()
                 }
-                timed = compare(calls, plan=plan, baseline=rival)
-                for name, held in timed.latency.items():
-                    key, ratio = f"{name}_{way}_b{batch}", timed.ratio[name]
-                    found |= {
-                        key: held.value,
-                        f"{key}_low": held.low,
-                        f"{key}_high": held.high,
-                        f"{key}_speedup": ratio.value,
-                        f"{key}_speedup_low": ratio.low,
-                        f"{key}_speedup_high": ratio.high,
-                    }
+                taken = timed(calls, QUICK if quick else TOGETHER)
+                for name, held in taken.items():
+                    key = f"{name}_{way}_b{batch}"
+                    ratios = [b / a for a, b in zip(held, taken[rival], strict=True)]
+                    for label, values in ((key, held), (f"{key}_speedup", ratios)):
+                        found |= {
+                            label: median(values),
+                            f"{label}_low": min(values),
+                            f"{label}_high": max(values),
+                        }
     return found
