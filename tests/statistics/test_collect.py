@@ -5,7 +5,7 @@ from torch import nn
 from laconic.core.errors import DataError, RecipeError
 from laconic.core.task import classification
 from laconic.program.capture import capture
-from laconic.statistics.batches import Batches
+from laconic.statistics.batches import Batches, padding_mask
 from laconic.statistics.collect import collect
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.min_max import MinMax
@@ -137,3 +137,57 @@ def test_batches_cut_split_and_check():
         list(Batches(program, classification(calibration=[images.long()])))
     with pytest.raises(DataError, match="no calibration or train data"):
         list(Batches(program, classification()))
+
+
+class Masked(nn.Module):
+    """Tokens of which some are padding; attention in heads, so that shapes differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.heads = nn.Linear(4, 6), nn.Linear(6, 6)
+
+    def forward(self, tokens, attention_mask):
+        x = torch.relu(self.inner(tokens))
+        queries = self.heads(x).unflatten(-1, (2, 3)).transpose(1, 2) * 2
+        x = queries.transpose(1, 2).flatten(2) * attention_mask[..., None]
+        return x.sum(1)
+
+
+def test_padded_places_do_not_count():
+    torch.manual_seed(0)
+    lengths = (5, 2, 3)
+    texts = [torch.randn(1, length, 4) for length in lengths]
+    whole = torch.full((3, 5, 4), 1e3)
+    mask = torch.zeros(3, 5, dtype=torch.int64)
+    for row, text in enumerate(texts):
+        whole[row, : text.shape[1]], mask[row, : text.shape[1]] = text[0], 1
+    program = capture(Masked().eval(), (whole, mask), dynamic=("batch", "sequence"))
+    names = {word: node_of(program, word) for word in ("relu", "mul", "linear")}
+
+    def run(batches):
+        requests = {
+            "range": (names["relu"], "output", MinMax()),
+            "channels": (names["linear"], "output", Moments(-1)),
+            "heads": (names["mul"], "output", Histogram(64)),
+            "input": (names["linear"], "input 0", MinMax(-1)),
+        }
+        return collect(program, batches, requests)
+
+    padded = run([(whole, mask)])
+    plain = run([(text, torch.ones(text.shape[:2], dtype=torch.int64)) for text in texts])
+    assert padded["range"].maximum == plain["range"].maximum < 100
+    torch.testing.assert_close(padded["channels"].mean, plain["channels"].mean)
+    assert padded["channels"].count == plain["channels"].count == sum(lengths)
+    assert torch.equal(padded["heads"].counts, plain["heads"].counts)
+    assert torch.equal(padded["input"].maximum, plain["input"].maximum)
+
+
+def test_without_padding_everything_counts():
+    program = capture(Masked().eval(), (torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.long)))
+    flat = (torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.int64))
+    name = node_of(program, "relu")
+    found = collect(program, [flat], {0: (name, "output", Histogram(64))})[0]
+    assert found.total == 2 * 5 * 6
+    assert bool(padding_mask(program, flat).all())
+    _, plain = small()
+    assert padding_mask(plain, (torch.randn(3, 3, 6, 6),)) is None

@@ -11,6 +11,7 @@ from laconic.core.progress import SILENT, Progress
 from laconic.core.suggest import nearest
 from laconic.program.program import Program
 from laconic.statistics.base import Statistic
+from laconic.statistics.batches import padding_mask
 from laconic.statistics.walk import Order, Walk
 
 Key = TypeVar("Key", bound=Hashable)
@@ -27,6 +28,10 @@ def collect(
     total: int | None = None,
 ) -> dict[Key, Statistic]:
     """Fill statistics from one pass over `batches`; each batch stops after the last node needed.
+
+    Where an input is an attention mask, values at padded places are left out of statistics of all
+    values together or of the last dimension: nobody reads them, and a network that was trained on
+    has anything there.
 
     Args:
         program: run in eval mode whatever its mode is; left as it was.
@@ -48,16 +53,17 @@ def collect(
     wanted = _by_node(program, requests)
     batch = None
     for batch in progress.track(batches, "collecting statistics", total):
-        walk = Walk(program, batch, order)
+        walk, real = Walk(program, batch, order), padding_mask(program, batch)
         for node, entries in sorted(wanted.items(), key=lambda item: order.place[item[0]]):
             walk.run(order.place[node])
             for place, statistic in entries:
                 if place is not None:
-                    _feed(statistic, walk.input(node, place), node, f"input {place}")
+                    value = walk.input(node, place)
+                    _feed(statistic, value, real, node, f"input {place}")
             walk.run(order.place[node] + 1, hold=[node])
             for place, statistic in entries:
                 if place is None:
-                    _feed(statistic, walk.values[node], node, "output")
+                    _feed(statistic, walk.values[node], real, node, "output")
     if batch is None and wanted:
         raise DataError("there was no batch to collect statistics from", where="calibration")
     return {key: statistic for key, (_, _, statistic) in requests.items()}
@@ -88,11 +94,27 @@ def _place(node: fx.Node, place: str) -> int | None:
     return int(number)
 
 
-def _feed(statistic: Statistic, value: object, node: fx.Node, place: str) -> None:
+def _feed(
+    statistic: Statistic, value: object, real: Tensor | None, node: fx.Node, place: str
+) -> None:
     where = f"{node.name} {place} ({node.meta.get('origin') or 'top level'})"
     if not isinstance(value, Tensor):
         raise DataError(f"found {type(value).__name__}, expected a tensor", where=where)
+    if real is not None and getattr(statistic, "axis", 0) in (None, -1):
+        value = _unpadded(value, real)
     try:
         statistic.update(value)
     except LaconicError as error:
         raise DataError(error.message, where=where, hint=error.hint) from error
+
+
+def _unpadded(value: Tensor, real: Tensor) -> Tensor:
+    """Real tokens of `[batch, tokens, ...]` or `[batch, heads, tokens, size]`: `[real, ...]`.
+
+    A value of another shape is given back as it is.
+    """
+    if value.ndim >= 3 and value.shape[:2] == real.shape:
+        return value[real.to(value.device)]
+    if value.ndim == 4 and (value.shape[0], value.shape[2]) == tuple(real.shape):
+        return value.transpose(1, 2)[real.to(value.device)]
+    return value
