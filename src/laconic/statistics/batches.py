@@ -134,13 +134,16 @@ def cut(program: Program, flat: Flat, start: int, end: int) -> Flat:
 
 
 def padding_mask(program: Program, flat: Sequence[Tensor]) -> Tensor | None:
-    """`[batch, tokens]`, true where a token is real: the one input that is called a mask.
+    """`[batch, tokens]`, true where a token is real: the one input of zeros and ones called a mask.
 
     None where there is no such input, or more than one, as an encoder and a decoder have them.
     """
     named = zip(program.placeholders, flat, strict=True)
     masks = [tensor for node, tensor in named if "mask" in node.name and tensor.ndim == 2]
-    return masks[0] != 0 if len(masks) == 1 and not masks[0].is_floating_point() else None
+    if len(masks) != 1:
+        return None
+    real = masks[0] == 1
+    return real if bool((real | (masks[0] == 0)).all()) else None
 
 
 def told_nothing(batches: Iterable[Flat]) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from laconic.core.errors import DataError, TrainingError
 from laconic.core.task import Task, to_device
 from laconic.program.program import Program
-from laconic.statistics.batches import check_inputs, count, flat_inputs
+from laconic.statistics.batches import check_inputs, count, flat_inputs, padding_mask
 from laconic.training import losses
 from laconic.training.loop import Forward, Loss
 from laconic.training.precision import in_float32, laid_out, wants_channels_last
@@ -66,11 +66,12 @@ class Distillation:
             self.seen(flat)
         flat = laid_out(flat, self.device, wants_channels_last(self.student))
         taught = self.teacher(flat, number)
+        mask = padding_mask(self.student, flat)
         given = in_float32(forward(*flat))
-        value = self._outputs(given, taught, targets, self._mask(flat), where)
+        value = self._outputs(given, taught, targets, mask, where)
         if self.features:
             pairs = given[self.outputs :], taught[self.outputs :]
-            value = value + self.features * losses.features(*pairs, self._mask(flat))
+            value = value + self.features * losses.features(*pairs, mask)
         return Loss(value, samples)
 
     def _outputs(
@@ -112,13 +113,6 @@ class Distillation:
         if self.kind == "kl":
             return losses.soft_targets(student, teacher, self.temperature, mask)
         return _KINDS[self.kind](student, teacher, mask)
-
-    def _mask(self, flat: Sequence[Tensor]) -> Tensor | None:
-        """The attention mask among the inputs, if there is one: `[batch, tokens]`."""
-        for node, tensor in zip(self.student.placeholders, flat, strict=True):
-            if "mask" in node.name and tensor.ndim == 2:
-                return tensor
-        return None
 
 
 def kind_for(task: Task) -> Kind:
