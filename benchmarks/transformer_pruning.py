@@ -34,7 +34,7 @@ LARGE = {"vit": 32, "minilm": 8}  # the second batch size
 MLP = {"vit": "*.mlp.*", "minilm": "*.intermediate.*"}
 RECOVER: dict[str, dict[str, Any]] = {
     "vit": {
-        "method": "distill.logits", "steps": 2000, "optimizer": "adamw", "lr": 6e-4,
+        "method": "distill.logits", "steps": 3000, "optimizer": "adamw", "lr": 6e-4,
         "weight_decay": 0.05, "alpha": 0.5, "temperature": 2.0,
     },
     "minilm": minilm_main.RECOVER | {"steps": 1000, "lr": 6e-4, "features": 2.0},
