@@ -1,17 +1,20 @@
 """Transformers at twice the speed: heads, width and layers removed under one latency budget.
 
-The budget is a part of the dense network's milliseconds in OpenVINO (fp32, batch 1), measured here.
+The budget is a part of the dense network's milliseconds in OpenVINO (fp32, batch 1), measured here
+in turns, as processor time of one thread: the machine may have other work to do.
 Candidates drop no, one or two layers; heads and feed-forward widths pay what is left of the budget,
 by a latency table and a knapsack; the candidate that does best before any training is recovered.
 
 Rows: `vit_dense` (a small vision transformer, trained on CIFAR-10 here), `vit_pruned`,
 `vit_recovered`; `minilm_pruned`, `minilm_recovered` (from what `benchmarks.minilm_main` has
 recovered at 1.8x fewer MACs: run that first); `test` (images and sentences that were never used to
-choose) and `latency` (dense and compressed in turn, fp32 and bf16, two batch sizes).
+choose) and `latency` (dense and compressed in turn, fp32 and bf16, two batch sizes; by the wall
+clock, and again in processor time, `_cpu`).
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -20,11 +23,13 @@ from torch import Tensor
 
 from benchmarks import minilm_main, peers, vit
 from benchmarks.harness import Bench, Row
+from benchmarks.resnet56_latency import QUICK, TABLE, TOGETHER, Clock, Timed, timed
 from benchmarks.stages import Stages, apply
 from laconic.core.errors import BudgetError
 from laconic.methods.base import Context, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
+from laconic.program.sites import Sites
 from laconic.runtimes.base import Precision, fixed_shapes
 from laconic.runtimes.openvino import OpenVino
 
@@ -108,6 +113,14 @@ def candidates(model: str, quick: bool) -> dict[str, Steps]:
     return {name: found[name] for name in wanted[model]}
 
 
+def clocked(program: Program, step: Mapping[str, Any], context: Context) -> Outcome:
+    """A step of `prune.channels` by a clock that counts the processor's time."""
+    options = {key: value for key, value in step.items() if key not in ("method", "sites")}
+    quick = step["ratio"] != RATIO
+    clock = Clock("openvino", 1, context.threads or 1, QUICK if quick else TABLE)
+    return Timed(clock=clock, **options).apply(program, Sites.of(step["sites"]), context)
+
+
 class Tried:
     """The candidates of one model: what each scores and how long it takes."""
 
@@ -133,7 +146,8 @@ class Tried:
         outcome = Outcome(program=start)
         row: Row = {}
         for step in steps:
-            outcome = apply(outcome.program, step, context)
+            run = clocked if step.get("of") == "ms" else apply
+            outcome = run(outcome.program, step, context)
             row |= {
                 key: outcome.figures[key] for key in ("dropped", "kept") if key in outcome.figures
             }
@@ -160,12 +174,12 @@ def vit_rows(images: vit.Cifar) -> dict[str, Row]:
         "vit_pruned": row(
             "vit_pruned", lambda: tried.best(images.program, images.context(), found),
             lambda program: {**val(program), "candidates": tried.rows},
-            steps=found, threads=threads, **common,
+            steps=found, threads=threads, clock="processor", **common,
         ),
         "vit_recovered": row(
             "vit_recovered",
             lambda: apply(images.stages.program("vit_pruned"), recover, images.context()), val,
-            steps=found, recover=recover, threads=threads, **common,
+            steps=found, recover=recover, threads=threads, clock="processor", **common,
         ),
     }  # fmt: skip
 
@@ -180,12 +194,13 @@ def minilm_rows(job: Minilm) -> dict[str, Row]:
         "minilm_pruned": row(
             "minilm_pruned", lambda: tried.best(job.start(), job.setting(), found),
             lambda program: {**job.dev(program), "candidates": tried.rows},
-            steps=found, threads=job.threads, seed=seed,
+            steps=found, threads=job.threads, clock="processor", seed=seed,
         ),
         "minilm_recovered": row(
             "minilm_recovered",
             lambda: apply(job.stages.program("minilm_pruned"), recover, job.setting()), job.dev,
-            steps=found, recover=recover, threads=job.threads, seed=seed,
+            steps=found, recover=recover, threads=job.threads, clock="processor",
+            seed=seed,
         ),
     }  # fmt: skip
 
@@ -246,22 +261,25 @@ def latency_row(images: vit.Cifar, job: Minilm) -> Row:
                     runners[key] = loaded(stages, f"{model}_{name}", program, precision, batch)
                     inputs[key] = arrays(batch)
     rounds, seconds = (2, 0.05) if quick else (9, 0.3)
-    timed = peers.interleaved(runners, inputs, rounds=rounds, seconds=seconds)
+    walls = peers.interleaved(runners, inputs, rounds=rounds, seconds=seconds)
     flat: Row = {"threads": int(images.bench.args.threads),
-                 "busy": max((x["busy"] for x in timed.values()), default=0.0)}  # fmt: skip
-    for key, values in timed.items():
+                 "busy": max((x["busy"] for x in walls.values()), default=0.0)}  # fmt: skip
+    for key, values in walls.items():
         flat |= {key: values["ms"], f"{key}_low": values["low"], f"{key}_high": values["high"]}
+    calls = {key: lambda key=key: runners[key](inputs[key]) for key in runners}
+    for key, turns in timed(calls, QUICK if quick else TOGETHER).items():
+        flat[f"{key}_cpu"] = median(turns)
     return flat
 
 
 def speedups(latency: Row) -> Row:
-    """Dense over compressed at equal precision and batch size: medians, and fastest turns."""
+    """Dense over compressed at equal precision and batch size: medians, fastest, processor."""
     found: Row = {}
     for model, large in LARGE.items():
         for precision in PRECISIONS:
             for batch in (1, large):
                 end = f"{precision}_b{batch}"
-                for turn in ("", "_low"):
+                for turn in ("", "_low", "_cpu"):
                     dense = latency.get(f"{model}_dense_{end}{turn}")
                     if dense:
                         small = latency[f"{model}_recovered_{end}{turn}"]
