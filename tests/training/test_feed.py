@@ -114,3 +114,18 @@ def test_empty_and_once_only_loaders_are_refused(loader):
 def test_length_of_a_pass_without_len():
     with forked():
         assert Feed(Told(), seed=0).batches_per_epoch() == 3
+
+
+def test_the_first_batch_is_told_from_others_whatever_it_holds():
+    batches = [
+        (torch.zeros(2), {"names": np.array(["a", "bc"])}, None),
+        (torch.zeros(2), {"names": np.array(["a", "bd"])}, None),
+        (torch.zeros(1, 2), {"names": np.array(["a", "bc"])}, None),
+        (torch.zeros(2, dtype=torch.bfloat16), [True, 2.0], "text"),
+        (torch.zeros(()), np.array([object()]), object()),
+    ]
+    with forked():
+        told = [Feed([batch], 0).beginning() for batch in batches]
+        again = [Feed([batch], 0).beginning() for batch in batches]
+    assert len(set(told)) == len(batches)
+    assert told == again

@@ -77,10 +77,14 @@ def digest(batch: Any) -> str:
 
 
 def _tell(value: Any, told: Callable[[bytes], None]) -> None:
-    if isinstance(value, (Tensor, np.ndarray)):
-        plain = torch.as_tensor(value).detach().cpu().contiguous()
+    if isinstance(value, Tensor):
+        plain = value.detach().cpu().contiguous()
         told(f"{plain.dtype}{list(plain.shape)}".encode())
         told(plain.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        array = cast("np.ndarray[Any, Any]", value)
+        told(f"{array.dtype}{list(array.shape)}".encode())
+        told(b"" if array.dtype.hasobject else array.tobytes())
     elif isinstance(value, Mapping):
         for key, item in cast("Mapping[Any, Any]", value).items():
             told(f"{key}:".encode())
