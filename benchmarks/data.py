@@ -177,16 +177,6 @@ def sst2(split: str, folder: Path | None = None) -> list[tuple[str, int]]:
     return [(sentence.strip(), int(label)) for sentence, label in rows]
 
 
-def passages(words: int = 40, folder: Path | None = None) -> list[str]:
-    """Plain text for distillation: WikiText-2 valid and tiny Shakespeare in pieces of `words`."""
-    folder = folder or data_folder()
-    found: list[str] = []
-    for path in (folder / "wikitext2" / "valid.txt", folder / "tinyshakespeare" / "input.txt"):
-        text = path.read_text(encoding="utf-8").replace("<unk>", "").split()
-        found += [" ".join(text[i : i + words]) for i in range(0, len(text) - words, words)]
-    return found
-
-
 def tokenised(
     texts: Sequence[str], tokenizer: Callable[..., Any], size: int, tokens: int | None = 128
 ) -> list[dict[str, Tensor]]:

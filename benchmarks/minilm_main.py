@@ -3,14 +3,14 @@
 Rows: `nncf` (the peer: the original in int8, calibrated on 300 SST-2 training sentences), the job
 (`prune`, `recover`, `refine`, `int8`, and `trained`: on with its integers), `test` (cosine to the
 original's embeddings over the SST-2 test sentences) and `latency` (batch 1 and 32, 128 tokens,
-interleaved in one run). Choices are made on SST-2 dev sentences. Recovery reads plain text
-(`recover`: WikiText-2 valid, tiny Shakespeare, SST-2 training sentences; after that new text cut
-from all of them and WikiText-2 test, see `benchmarks/text.py`) and the original's embeddings of
-it, no labels. Every model gets sentences padded to 128 tokens with their real masks.
+interleaved in one run). Choices are made on SST-2 dev sentences. Calibration and recovery read
+plain text cut anew every pass from WikiText-2, tiny Shakespeare and SST-2 training sentences (see
+`benchmarks/text.py`), and the original's embeddings of it, no labels. Every model is measured on
+sentences padded to 128 tokens with their real masks.
 """
 
-from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import models, peers
-from benchmarks.data import passages, sst2, tokenised
+from benchmarks.data import sst2, tokenised
 from benchmarks.harness import Bench, Row
 from benchmarks.stages import Said, Stages, apply
-from benchmarks.text import Shuffled, Spliced, running
+from benchmarks.text import Spliced, running
 from laconic.core.task import Task, embedding
 from laconic.methods.base import Context
 from laconic.program.capture import capture
@@ -36,19 +36,18 @@ TOKENS = 128
 THREADS = 2
 PRUNE: dict[str, Any] = {
     "method": "prune.channels", "sites": ["*.heads", "*.intermediate.*"], "of": "channels",
-    "ratio": {"*.heads": 1 / 3, "*.intermediate.*": 0.5},
+    "ratio": {"*.heads": 1 / 3, "*.intermediate.*": 0.5}, "samples": 3200,
 }  # fmt: skip
 LAYERS = [f"layer_norm_{2 * layer}" for layer in range(1, 7)]  # what each layer gives
 RECOVER: dict[str, Any] = {
-    "method": "distill.logits", "sites": ["*", "!*embeddings*"], "steps": 4000, "lr": 1e-3,
+    "method": "distill.logits", "sites": ["*", "!*embeddings*"], "steps": 5000, "lr": 1e-3,
     "features": 4.0, "nodes": LAYERS,
 }  # fmt: skip
-# Once the layers give what they gave, the embedding itself counts for more, and new text: the
-# sentences are known by then.
-REFINE = RECOVER | {"steps": 4500, "lr": 8e-4, "features": 2.0}
+# Once the layers give what they gave, the embedding itself counts for more.
+REFINE = RECOVER | {"steps": 2500, "lr": 5e-4, "features": 2.0}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
 TRAIN_INT8 = REFINE | {"steps": 2400, "lr": 5e-4, "features": 1.0}
-CALIBRATION, LONG = 300, 80  # sentences, characters that each has at least
+CALIBRATION = 50  # batches of 64 texts; few or only sentences cost the pruned model other text
 
 Batch = dict[str, Tensor]
 
@@ -94,14 +93,7 @@ class Job:
         return [text for text, _ in sst2(split)][: 24 if self.quick else count]
 
     @cached_property
-    def train(self) -> Shuffled:
-        """Text for recovery in batches of similar length, so that little is padding."""
-        sentences = [text for text, _ in sst2("train")[300:] if len(text) > 40]
-        texts = sorted(passages()[::3] + sentences, key=len)[:: 200 if self.quick else 1]
-        return Shuffled(self.batches(texts, 64, None))
-
-    @cached_property
-    def wide(self) -> Spliced:
+    def train(self) -> Spliced:
         """New text every pass, made of all there is but what choices and the test look at."""
         phrases = [text for text, _ in sst2("train")[300:]]
         few = {"size": 4, "count": 8} if self.quick else {}
@@ -113,18 +105,14 @@ class Job:
         dev = self.batches(self.sentences("dev"), 50)
         with torch.inference_mode():
             wanted = [self.model(**batch) for batch in dev]
-        # whole sentences without padding: what stands at padded places is noise to a range
-        long = [text for text, _ in sst2("train")[300:] if len(text) >= LONG]
-        calibration = self.batches(long[: 24 if self.quick else CALIBRATION], 50, None)
         return embedding(
-            train=self.train, calibration=[(batch, None) for batch in calibration],
+            train=self.train, calibration=list(islice(self.train, CALIBRATION)),
             validation=list(zip(dev, wanted, strict=True)),
         )  # fmt: skip
 
-    def context(self, *, wide: bool = False) -> Context:
-        """What the methods get; with `wide` they learn from new text."""
-        task = replace(self.task, train=self.wide) if wide else self.task
-        return Context(task=task, original=self.program, seed=self.bench.args.seed,
+    def context(self) -> Context:
+        """What the methods get."""
+        return Context(task=self.task, original=self.program, seed=self.bench.args.seed,
                        progress=Said(self.bench))  # fmt: skip
 
     def arrays(self, split: str) -> list[list[np.ndarray]]:
@@ -183,19 +171,19 @@ def stage_rows(job: Job) -> dict[str, Row]:
 
     row, context, seed = job.stages.row, job.context(), job.bench.args.seed
 
-    def after(stage: str, step: dict[str, Any], *, wide: bool = False) -> Any:
-        return lambda: apply(job.stages.program(stage), step, job.context(wide=wide))
+    def after(stage: str, step: dict[str, Any]) -> Any:
+        return lambda: apply(job.stages.program(stage), step, job.context())
 
     return {
         "prune": row("prune", lambda: apply(job.program, job.prune, context), measured,
                      steps=job.recipe[:1], seed=seed),
         "recover": row("recover", after("prune", job.recover), measured,
                        steps=job.recipe[:2], seed=seed),
-        "refine": row("refine", after("recover", job.refine, wide=True), measured,
+        "refine": row("refine", after("recover", job.refine), measured,
                       steps=job.recipe[:3], seed=seed),
         "int8": row("int8", after("refine", job.quantize), lambda made: deployed(made, "int8"),
                     steps=job.recipe[:4], seed=seed),
-        "trained": row("trained", after("int8", job.train_int8, wide=True),
+        "trained": row("trained", after("int8", job.train_int8),
                        lambda made: deployed(made, "trained"), steps=job.recipe, seed=seed),
     }  # fmt: skip
 

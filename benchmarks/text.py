@@ -1,4 +1,4 @@
-"""Text for learning from an embedder: as it stands, and cut anew every pass.
+"""Text for learning from an embedder, cut anew every pass.
 
 A student that has seen the same sentences for ten passes fits them (cosine 0.986) and not others
 (0.95). The original labels any text, so new text is made from what there is: phrases, the
@@ -29,26 +29,6 @@ def running(folder: Path | None = None) -> list[str]:
         words = (folder / name).read_text(encoding="utf-8").replace("<unk>", "").split()
         found += [" ".join(words[i : i + 400]) for i in range(0, len(words), 400)]
     return found
-
-
-class Shuffled:
-    """Batches without targets, in a new order every pass; the first pass's order is seeded by 0."""
-
-    def __init__(self, batches: list[Batch]) -> None:
-        self.batches, self.passes = batches, 0
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def set_epoch(self, epoch: int) -> None:
-        """The next pass is number `epoch`, whatever came before; the training loop says so."""
-        self.passes = epoch
-
-    def __iter__(self) -> Iterator[tuple[Batch, None]]:
-        generator = torch.Generator().manual_seed(self.passes)
-        self.passes += 1
-        for index in torch.randperm(len(self.batches), generator=generator).tolist():
-            yield self.batches[index], None
 
 
 class Spliced:

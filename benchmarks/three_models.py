@@ -35,7 +35,8 @@ from laconic.program import members
 from laconic.program.capture import capture
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
-from laconic.solvers import placement, together
+from laconic.solvers import together
+from laconic.solvers.weight_sites import weight_sites
 from laconic.storage import predict
 from laconic.training.plan import computes_bf16
 
@@ -173,7 +174,7 @@ def rows(bench: Bench) -> Row:
             stages.program(f"tuned_{TASKS[0]}"),
             stages.path("three_models").stat().st_size,
         )
-        names = [site.name for site in placement.weight_sites(first)[0]]
+        names = [site.name for site in weight_sites(first)[0]]
         one = predict(freeze(together.gridded(first, names, SHARE["bits"]))).total
         alone = {task: stages.program(f"tuned_{task}") for task in TASKS}
         separate = accuracies(alone, "validation", quick)

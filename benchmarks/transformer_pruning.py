@@ -66,7 +66,7 @@ class Minilm(minilm_main.Job):
 
     def setting(self) -> Context:
         """What the methods get."""
-        return replace(self.context(wide=True), threads=self.threads)
+        return replace(self.context(), threads=self.threads)
 
     def first(self, batch: int) -> list[np.ndarray]:
         """Real dev sentences as the inputs of a batch."""

@@ -27,7 +27,7 @@ from laconic.program.program import Program
 BATCH = 64
 CALIBRATION = 1_024
 TRAIN: dict[str, Any] = {
-    "method": "distill.logits", "steps": 5000, "optimizer": "adamw", "lr": 1e-3, "warmup": 0.1,
+    "method": "distill.logits", "steps": 10000, "optimizer": "adamw", "lr": 1e-3, "warmup": 0.1,
     "weight_decay": 0.05, "alpha": 0.5, "temperature": 2.0, "evaluations": 4,
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from benchmarks.data import cifar10, greyscale, passages, sst2
+from benchmarks.data import cifar10, greyscale, sst2
 
 from benchmarks import models
 
@@ -35,12 +35,6 @@ def test_sst2_has_the_stated_sizes(data_dir):
     sizes = {split: len(sst2(split, data_dir)) for split in ("train", "dev", "test")}
     assert sizes == {"train": 60_614, "dev": 6_735, "test": 872}
     assert sum(label for _, label in sst2("test", data_dir)) == 444
-
-
-def test_passages_have_forty_words(data_dir):
-    found = passages(40, data_dir)
-    assert len(found) > 9_000
-    assert {len(text.split()) for text in found} == {40}
 
 
 @pytest.mark.parametrize(

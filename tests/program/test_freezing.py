@@ -9,7 +9,8 @@ from laconic.forms.dense import Dense
 from laconic.program.capture import capture
 from laconic.program.freezing import form_of, freeze, is_frozen, thaw
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE
-from laconic.solvers import insertion, placement, ranges
+from laconic.solvers import insertion, ranges
+from laconic.solvers.weight_sites import weight_sites
 from laconic.testing import zoo
 
 
@@ -17,7 +18,7 @@ def quantised(model, inputs, bits=8):
     """The captured model with all its weights behind fake quantisation."""
     program = capture(model, inputs).clone()
     program.propagate()
-    for site in placement.weight_sites(program)[0]:
+    for site in weight_sites(program)[0]:
         weight = program.tensor(site.name)
         grid = ranges.weight_grid(weight, site.axis, "minmax", bits)
         insertion.quantize_weight(program, site, site.axis, grid)
@@ -106,7 +107,7 @@ def test_a_weight_that_is_also_read_as_it_is_stays_float():
 def test_form_of_reads_both_states(state):
     program = quantised(*zoo.make("resnet"), 4)
     made = state(program)
-    name = placement.weight_sites(quantised(*zoo.make("resnet")))[0]
+    name = weight_sites(quantised(*zoo.make("resnet")))[0]
     assert name == []  # every weight is behind a node already, so none is left to quantise
     quantised_names = [n.args[0].target for n in program.graph.nodes if n.target is FAKE_QUANTIZE]
     for weight in quantised_names:

@@ -114,7 +114,7 @@ def _set_attribute(module: nn.Module, name: str, value: Any) -> None:
 
 def _drop_assertions(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        name = _base_name(node)
+        name = base_name(node)
         guard = node.op == "call_module" and node.target == "_guards_fn"
         if guard or (name in _ASSERTIONS and not node.users):
             graph.erase_node(node)
@@ -125,7 +125,8 @@ def _drop_assertions(graph: fx.Graph) -> None:
                 graph.erase_node(node)
 
 
-def _base_name(node: fx.Node) -> str:
+def base_name(node: fx.Node) -> str:
+    """`conv2d` for a node that calls `aten.conv2d.default`; "" for anything but a call."""
     target = node.target
     if node.op != "call_function":
         return ""
@@ -147,7 +148,7 @@ def _writes_through_a_view(graph: fx.Graph) -> bool:
         source = node.args[0]
         if (
             isinstance(source, fx.Node)
-            and _base_name(source) in _VIEWS
+            and base_name(source) in _VIEWS
             and _is_read_elsewhere(source)
         ):
             return True
@@ -156,7 +157,7 @@ def _writes_through_a_view(graph: fx.Graph) -> bool:
 
 def _is_read_elsewhere(view: fx.Node) -> bool:
     """Whether anybody but this chain of views reads what the view shows."""
-    while _base_name(view) in _VIEWS and isinstance(view.args[0], fx.Node):
+    while base_name(view) in _VIEWS and isinstance(view.args[0], fx.Node):
         view = view.args[0]
         if len(view.users) > 1 or view.op != "call_function":
             return True
@@ -274,7 +275,7 @@ def arrange_placeholders(
 def drop_identities(program: Program) -> None:
     """Remove operators that give their input back (no-op slices, casts, aliases)."""
     for node in list(program.graph.nodes):
-        name = _base_name(node)
+        name = base_name(node)
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or "shape" not in node.meta:
             continue
@@ -298,7 +299,7 @@ def lost_in_eval(model: nn.Module, graph: fx.Graph) -> list[str]:
     kept = {
         str(node.meta.get("origin", ""))
         for node in graph.nodes
-        if node.op == "call_function" and "dropout" in _base_name(node)
+        if node.op == "call_function" and "dropout" in base_name(node)
     }
     gone: list[str] = []
     for path, module in model.named_modules():
@@ -307,7 +308,7 @@ def lost_in_eval(model: nn.Module, graph: fx.Graph) -> list[str]:
         random = "drop" in kind.lower() and isinstance(rate, float) and rate > 0
         if random and path not in kept:
             gone.append(f"{path}: {kind}({rate}) does nothing in eval mode and is not in the graph")
-    attention = [n for n in graph.nodes if _base_name(n) == "scaled_dot_product_attention"]
+    attention = [n for n in graph.nodes if base_name(n) == "scaled_dot_product_attention"]
     for node in attention:
         owner = _submodule(model, str(node.meta.get("origin", "")))
         for field in ("attention_dropout", "dropout_prob", "dropout"):

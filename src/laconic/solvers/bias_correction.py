@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from laconic.core.progress import Progress
+from laconic.program.normalize import base_name
 from laconic.program.program import Program
-from laconic.solvers.placement import base_name
 from laconic.statistics.moments import Moments
 from laconic.statistics.walk import Order, Walk
 

@@ -9,8 +9,9 @@ from laconic.forms.codebook import Codebook
 from laconic.forms.hashed import Hashed
 from laconic.forms.vectors import Vectors
 from laconic.program.program import COMBINE, FAKE_QUANTIZE, HASHED, LOOKUP, MEMBER, VECTORS, Program
-from laconic.solvers.placement import Place, WeightSite
+from laconic.solvers.placement import Place
 from laconic.solvers.ranges import Grid
+from laconic.solvers.weight_sites import WeightSite
 
 
 def quantize_weight(program: Program, site: WeightSite, axis: int | None, grid: Grid) -> fx.Node:

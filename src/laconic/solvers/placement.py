@@ -22,28 +22,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
+from laconic.program.normalize import base_name
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.solvers.weight_sites import MATRIX, WeightSite
 
-# operator name → positions of (activation, weight) and the weight's output axis
-_MATRIX: dict[str, tuple[int, int, int]] = {
-    "conv1d": (0, 1, 0),
-    "conv2d": (0, 1, 0),
-    "conv3d": (0, 1, 0),
-    "convolution": (0, 1, 0),
-    "conv_transpose1d": (0, 1, 1),
-    "conv_transpose2d": (0, 1, 1),
-    "conv_transpose3d": (0, 1, 1),
-    "linear": (0, 1, 0),
-    "addmm": (1, 2, -1),
-    "mm": (0, 1, -1),
-    "matmul": (0, 1, -1),
-}
 _PRODUCTS = {"matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
 _ATTENTION = {"scaled_dot_product_attention": (0, 1)}
-_TURNS = {"t", "transpose", "permute"}
 _MOVES = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "slice",
     "select", "squeeze", "unsqueeze", "max_pool1d", "max_pool2d", "max_pool3d", "clone",
@@ -59,26 +45,6 @@ _FUSED = {
 }  # fmt: skip
 _POOLS = {"avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "mean"}
 _MEETINGS = {"add", "mul"}
-
-
-@dataclass(frozen=True)
-class WeightSite:
-    """A stored tensor that matrix operators or look-ups multiply by.
-
-    Attributes:
-        name: of the tensor, canonical.
-        holders: the `get_attr` nodes that read it.
-        operators: the operators that use it.
-        axis: its output axis: one scale for each of its indices; None where its operators disagree
-            (a matrix that is used transposed as well), so that it can have one scale only.
-        lookup: only embeddings use it, so there is no activation to quantise.
-    """
-
-    name: str
-    holders: tuple[fx.Node, ...]
-    operators: tuple[fx.Node, ...]
-    axis: int | None
-    lookup: bool
 
 
 @dataclass
@@ -113,87 +79,6 @@ class Port:
     source: fx.Node
     kind: str
     site: str
-
-
-def base_name(node: fx.Node) -> str:
-    """`conv2d` for a node that calls `aten.conv2d.default`; "" for anything but a call."""
-    if node.op != "call_function":
-        return ""
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._schema.name.split("::")[1]
-    return str(getattr(target, "__name__", ""))
-
-
-# weights ----------------------------------------------------------------------------------
-
-
-def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
-    """All weights that could be quantised, in graph order; and a note for each that cannot."""
-    held: dict[str, list[fx.Node]] = {}
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and program.tensor(str(node.target)).is_floating_point():
-            held.setdefault(str(node.target), []).append(node)
-    found: list[WeightSite] = []
-    notes: list[str] = []
-    for name, holders in held.items():
-        uses = [
-            use
-            for holder in holders
-            for use in _turned_uses(holder, range(program.tensor(name).ndim))
-        ]
-        if not any(use is not None for use in uses):
-            continue
-        known = [use for use in uses if use is not None]
-        axes = {axis for _, axis in known}
-        if len(known) < len(uses):
-            notes.append(f"{name}: stays float, because other operators read it too")
-            continue
-        operators = tuple(dict.fromkeys(operator for operator, _ in known))
-        lookup = all(base_name(operator) == "embedding" for operator in operators)
-        axis = axes.pop() if len(axes) == 1 else None
-        found.append(WeightSite(name, tuple(holders), operators, axis, lookup))
-    return found, notes
-
-
-def _turned_uses(node: fx.Node, order: Sequence[int]) -> list[tuple[fx.Node, int] | None]:
-    """(operator, output axis of the stored tensor) of every use; None for an unknown one.
-
-    `order[i]` is the stored dimension that stands at place `i` here.
-    """
-    found: list[tuple[fx.Node, int] | None] = []
-    for user in node.users:
-        name = base_name(user)
-        if name in _TURNS:
-            found += _turned_uses(user, _turn(user, order))
-        elif name == "embedding" and user.all_input_nodes[0] is node:
-            found.append((user, order[0]))
-        elif name in _MATRIX and _is_weight(user, node) and len(order) >= 2:
-            found.append((user, order[_out_axis(user)]))
-        else:
-            found.append(None)
-    return found
-
-
-def _turn(node: fx.Node, order: Sequence[int]) -> Sequence[int]:
-    args: Any = node.args
-    name = base_name(node)
-    if name == "permute":
-        return tuple(order[i] for i in args[1])
-    one, other = (args[1], args[2]) if name == "transpose" else (0, len(order) - 1)
-    turned = list(order)
-    turned[one], turned[other] = turned[other], turned[one]
-    return tuple(turned)
-
-
-def _is_weight(user: fx.Node, node: fx.Node) -> bool:
-    activation, weight, _ = _MATRIX[base_name(user)]
-    return user.args[weight] is node and user.args[activation] is not node
-
-
-def _out_axis(node: fx.Node) -> int:
-    transposed = base_name(node) == "convolution" and bool(node.args[6])
-    return 1 if transposed else _MATRIX[base_name(node)][2]
 
 
 # activations ------------------------------------------------------------------------------
@@ -232,7 +117,7 @@ def _matrix_ports(sites: Sequence[WeightSite]) -> list[Port]:
     for site in sites:
         for node in site.operators:
             if base_name(node) != "embedding":
-                source = node.args[_MATRIX[base_name(node)][0]]
+                source = node.args[MATRIX[base_name(node)][0]]
                 if isinstance(source, fx.Node):
                     found.append(Port(node, source, "matrix", site.name))
     return found

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from laconic.core.progress import Progress
+from laconic.program.normalize import base_name
 from laconic.program.program import Program
-from laconic.solvers.placement import WeightSite, base_name
+from laconic.solvers.weight_sites import WeightSite
 from laconic.statistics.collect import collect
 from laconic.statistics.min_max import MinMax
 

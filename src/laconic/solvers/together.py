@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 
 from laconic.core.errors import DataError, RecipeError
 from laconic.program.program import Program
-from laconic.solvers import common_part, insertion, placement, ranges
-from laconic.solvers.placement import WeightSite
+from laconic.solvers import common_part, insertion, ranges
 from laconic.solvers.ranges import Grid
+from laconic.solvers.weight_sites import WeightSite, weight_sites
 
 _WIDEST = 127
 _APART = 8.0  # between a step by what errors count and one by size alone
@@ -92,7 +92,7 @@ def _plain(node: fx.Node, places: Mapping[fx.Node, int]) -> Any:
 def gridded(program: Program, names: Sequence[str], bits: int) -> Program:
     """A Program with these weights on grids of their own: what one model takes without others."""
     made = program.clone()
-    for site in placement.weight_sites(made)[0]:
+    for site in weight_sites(made)[0]:
         if site.name in names:
             _on_grid(made, site, made.tensor(site.name).detach(), site.axis, bits)
     made.recompile()
@@ -124,7 +124,7 @@ def join(
     """
     made = Together(next(iter(models.values())).clone())
     program = made.program
-    sites = {site.name: site for site in placement.weight_sites(program)[0]}
+    sites = {site.name: site for site in weight_sites(program)[0]}
     program.sparse = frozenset().union(*(model.sparse for model in models.values()))
     step = _steps(models, names, error, counts or {})
     for name, _ in list(program.tensors()):

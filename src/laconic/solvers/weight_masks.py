@@ -17,7 +17,7 @@ from torch import Tensor
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import FAKE_QUANTIZE, Program
 from laconic.program.sites import Sites
-from laconic.solvers.placement import weight_sites
+from laconic.solvers.weight_sites import weight_sites
 from laconic.statistics.layers import Layer, layers
 
 Keep = dict[str, Tensor]

@@ -29,12 +29,14 @@ from torch import Tensor, fx
 from laconic.core.errors import RecipeError
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze
+from laconic.program.normalize import base_name
 from laconic.program.program import FAKE_QUANTIZE, Program
 from laconic.program.sites import Sites
 from laconic.solvers import bias_correction as biases
 from laconic.solvers import folding, insertion, placement, ranges, sensitivity, smoothing
-from laconic.solvers.placement import Place, WeightSite
+from laconic.solvers.placement import Place
 from laconic.solvers.ranges import Grid
+from laconic.solvers.weight_sites import WeightSite, weight_sites
 from laconic.statistics.base import Statistic
 from laconic.statistics.batches import Batches
 from laconic.statistics.collect import collect
@@ -132,7 +134,7 @@ class QuantizeStatic(Method):
     # choosing ---------------------------------------------------------------------------------
 
     def _select(self, work: "_Work", sites: Sites) -> None:
-        found, notes = placement.weight_sites(work.program)
+        found, notes = weight_sites(work.program)
         operators = placement.operator_sites(work.program, found)
         names = [site.name for site in found] + operators
         chosen = set(_chosen(work.program, sites, names))
@@ -149,7 +151,7 @@ class QuantizeStatic(Method):
         if self.symmetric != "auto":
             return self.symmetric or "product" in place.kinds
         return place.kinds != {"matrix"} or any(
-            placement.base_name(user).startswith("conv") for user in place.users
+            base_name(user).startswith("conv") for user in place.users
         )
 
     def _smooth(self, work: "_Work") -> None:
@@ -244,7 +246,7 @@ class QuantizeStatic(Method):
         if self.skip_above is None or self.ranges is not None or not work.grids:
             return
         probe, names = work.program.clone(), {site.name for site in work.sites}
-        sites = [site for site in placement.weight_sites(probe)[0] if site.name in names]
+        sites = [site for site in weight_sites(probe)[0] if site.name in names]
         inserted = {
             place.name: [insertion.quantize_activation(probe, place, work.grids[place.name])]
             for place in placement.places(probe, sites, work.operators)

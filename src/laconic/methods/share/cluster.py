@@ -36,9 +36,9 @@ from laconic.forms.codebook import Codebook
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, kmeans, placement
+from laconic.solvers import insertion, kmeans
 from laconic.solvers.curvature import Weighted
-from laconic.solvers.placement import WeightSite
+from laconic.solvers.weight_sites import WeightSite, weight_sites
 
 _SPARSE = 0.01  # a tensor with a larger share of exact zeros was pruned
 
@@ -90,7 +90,7 @@ class Cluster(Weighted, Method):
         """
         work = _Work(program.clone())
         work.program.propagate()
-        every, work.notes = placement.weight_sites(work.program)
+        every, work.notes = weight_sites(work.program)
         counts = self._counts(work.program, every, sites, work.notes)
         if not counts:
             work.notes.append("nothing to cluster: no float weight of a known operator is left")

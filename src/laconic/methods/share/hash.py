@@ -30,9 +30,9 @@ from laconic.forms.hashed import Hashed
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, placement
+from laconic.solvers import insertion
 from laconic.solvers.curvature import Weighted
-from laconic.solvers.placement import WeightSite
+from laconic.solvers.weight_sites import WeightSite, weight_sites
 
 _ODD = 0x9E3779B1  # keeps the seeds of neighbouring weights apart
 
@@ -60,7 +60,7 @@ class Hash(Weighted, Method):
         """
         made = program.clone()
         made.propagate()
-        every = {site.name: site for site in placement.weight_sites(made)[0]}
+        every = {site.name: site for site in weight_sites(made)[0]}
         notes: list[str] = []
         ratios = self._ratios(sites.choose(every), made, notes)
         counted = self._weigh(made, list(ratios), context, notes)

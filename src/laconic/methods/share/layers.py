@@ -31,8 +31,8 @@ from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, placement
-from laconic.solvers.placement import WeightSite
+from laconic.solvers import insertion
+from laconic.solvers.weight_sites import WeightSite, weight_sites
 
 
 class Layers(Method):
@@ -77,7 +77,7 @@ class Layers(Method):
         del context
         made = program.clone()
         made.propagate()
-        found = {site.name: site for site in placement.weight_sites(made)[0]}
+        found = {site.name: site for site in weight_sites(made)[0]}
         chosen = {name: found[name] for name in sites.choose(found)}
         pruned = sorted(made.sparse & set(chosen))
         work = _Work(made, {name: site for name, site in chosen.items() if name not in pruned})

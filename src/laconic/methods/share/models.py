@@ -41,9 +41,10 @@ from laconic.program import members
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import placement, together
+from laconic.solvers import together
 from laconic.solvers.curvature import Weighted
 from laconic.solvers.together import Together
+from laconic.solvers.weight_sites import weight_sites
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, kind_for
 from laconic.training.loop import Forward, Job, Loss, Trained, train
@@ -112,7 +113,7 @@ class Models(Weighted, Plan, Method):
             StorageError: a file of `others` that cannot be read.
             DataError: weights that are not finite, or training data that do not fit.
         """
-        found = [site.name for site in placement.weight_sites(program)[0]]
+        found = [site.name for site in weight_sites(program)[0]]
         names = sites.choose(found)
         if not self.others:
             note = "nothing to share with: others names no files"

@@ -34,9 +34,9 @@ from laconic.forms.vectors import Vectors
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, placement, vector_kmeans
+from laconic.solvers import insertion, vector_kmeans
 from laconic.solvers.curvature import Weighted
-from laconic.solvers.placement import WeightSite
+from laconic.solvers.weight_sites import WeightSite, weight_sites
 
 _FLOOR = 1e-4  # least that an error counts, in parts of the mean
 
@@ -74,7 +74,7 @@ class Vector(Weighted, Method):
         """
         work = _Work(program.clone())
         work.program.propagate()
-        every = {site.name: site for site in placement.weight_sites(work.program)[0]}
+        every = {site.name: site for site in weight_sites(work.program)[0]}
         lengths = self._lengths(work, [every[name] for name in sites.choose(every)])
         self._weigh(work, list(lengths), context)  # in a replay as well: it chooses the numbers
         for group in self._groups(work, every, lengths):
