@@ -11,6 +11,7 @@ once with one Cholesky factor for all rows, in blocks (SparseGPT, Frantar & Alis
 2301.00774): n^3 for the layer, for layers where `exact` would take minutes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,6 +27,10 @@ EXACT_WORK = 2e11
 """Multiply-adds that `auto` lets `exact` spend on one layer."""
 _ROUNDS = 8
 _BLOCK = 128
+
+Becomes = Callable[[int, Tensor], Tensor]
+"""A column's number and its values `[rows]` to what they become."""
+Choose = Callable[[Tensor, int, int], Becomes]
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ def prune(rows: Rows, wanted: Wanted, solver: Solver = "auto") -> Tensor:
         wanted: how many stay.
         solver: "exact", "sweep", or "auto": exact where it is affordable.
     """
-    rows = _solvable(rows)
+    rows = solvable(rows)
     height, width = rows.weight.shape
     rounds = wanted.m - wanted.n if wanted.m else _ROUNDS
     affordable = height * width**3 * rounds <= EXACT_WORK
@@ -95,7 +100,7 @@ def prune(rows: Rows, wanted: Wanted, solver: Solver = "auto") -> Tensor:
 
 def onto(rows: Rows) -> Tensor:
     """The best rows that are zero where `held`, and nowhere else by force."""
-    rows = _solvable(rows)
+    rows = solvable(rows)
     if len(rows.weight) * rows.weight.shape[1] ** 3 <= EXACT_WORK:
         return _solution(rows, ~rows.held)
     return _sweep_onto(rows, None)
@@ -172,12 +177,11 @@ def sweep(rows: Rows, wanted: Wanted) -> Tensor:
 
 
 def _sweep_onto(rows: Rows, wanted: Wanted | None) -> Tensor:
-    upper = torch.linalg.cholesky(_inverse(rows.moments), upper=True)
-    weight, width = rows.weight.clone(), rows.weight.shape[1]
+    upper, left = factor(rows.moments), 0 if wanted is None else wanted.count
     block = _BLOCK if wanted is None or not wanted.m else max(_BLOCK // wanted.m, 1) * wanted.m
-    left = 0 if wanted is None else wanted.count
-    for start in range(0, width, block):
-        end = min(start + block, width)
+
+    def choose(weight: Tensor, start: int, end: int) -> Becomes:
+        nonlocal left
         held = rows.held[:, start:]
         if wanted is None:
             keep = ~held[:, : end - start]
@@ -189,22 +193,46 @@ def _sweep_onto(rows: Rows, wanted: Wanted | None) -> Tensor:
             chosen = aim.keep(costs * rows.importance[:, None], held)
             keep = chosen[:, : end - start]
         left -= int(keep.sum())
+        return lambda column, values: values.masked_fill(~keep[:, column - start], 0.0)
+
+    return swept(rows.weight, upper, choose, block)
+
+
+def swept(weight: Tensor, upper: Tensor, choose: Choose, block: int = _BLOCK) -> Tensor:
+    """Change the columns one after the other; those behind make up for what each one lost.
+
+    Args:
+        weight: float64 `[rows, columns]`.
+        upper: `factor` of the moments of the columns.
+        choose: called with all rows at the start of each block of columns, and its first and last;
+            what it returns says what a column becomes.
+        block: columns whose errors reach the columns behind them together.
+    """
+    weight, width = weight.clone(), weight.shape[1]
+    for start in range(0, width, block):
+        end = min(start + block, width)
+        becomes = choose(weight, start, end)
         errors = torch.zeros_like(weight[:, start:end])
         for column in range(start, end):
-            gone = weight[:, column].masked_fill(keep[:, column - start], 0.0)
-            error = gone / upper[column, column]
+            made = becomes(column, weight[:, column])
+            error = (weight[:, column] - made) / upper[column, column]
             weight[:, column:end] -= torch.outer(error, upper[column, column:end])
+            weight[:, column] = made
             errors[:, column - start] = error
-        weight[:, start:end] = weight[:, start:end].masked_fill(~keep, 0.0)
         weight[:, end:] -= errors @ upper[start:end, end:]
     return weight
+
+
+def factor(moments: Tensor) -> Tensor:
+    """The upper Cholesky factor of the inverse moments, which `swept` works with."""
+    return torch.linalg.cholesky(_inverse(moments), upper=True)
 
 
 def _inverse(matrix: Tensor) -> Tensor:
     return torch.cholesky_inverse(torch.linalg.cholesky(matrix))
 
 
-def _solvable(rows: Rows) -> Rows:
+def solvable(rows: Rows) -> Rows:
     """Damped until a Cholesky factor exists; columns that never vary get a unit of their own."""
     moments = rows.moments
     level = float(moments.diagonal().mean())
