@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,30 @@ def cifar10(split: str, folder: Path | None = None) -> Images:
     pixels = unpacked(folder / f"{stem}_images.npy.xz")[rows]
     labels = np.load(folder / f"{stem}_labels.npy")[rows]
     return Images(pixels, torch.from_numpy(labels.astype(np.int64)))
+
+
+def photographs(folder: Path | None = None) -> Batch:
+    """1,000 ImageNet photographs, one a class, as SqueezeNet takes them.
+
+    float32 [1000, 3, 227, 227], BGR less its mean; labels int64 [1000]. Needs Pillow.
+    """
+    from PIL import Image
+
+    folder = folder or data_folder()
+    pixels, labels = np.empty((1_000, 3, 227, 227), np.float32), []
+    with tarfile.open(folder / "imagenet_sample1k" / "images.tar") as file:
+        for row, member in enumerate(file.getmembers()):
+            held: Any = file.extractfile(member)
+            image = Image.open(held).convert("RGB")
+            if min(image.size) < 227:
+                scale = 256 / min(image.size)
+                wide, high = (round(scale * side) for side in image.size)
+                image = image.resize((wide, high), Image.Resampling.BILINEAR)
+            left, top = ((side - 227) // 2 for side in image.size)
+            plain = np.asarray(image.crop((left, top, left + 227, top + 227)), np.float32)
+            pixels[row] = (plain[:, :, ::-1] - (104.0, 117.0, 123.0)).transpose(2, 0, 1)
+            labels.append(int(Path(member.name).name[:4]))
+    return torch.from_numpy(pixels), torch.tensor(labels)
 
 
 def greyscale(name: str, split: str, folder: Path | None = None) -> Batch:

@@ -1,8 +1,8 @@
 """The models that the benchmarks compress, built from the weights in the data folder.
 
 CIFAR ResNets (He et al. 2016, section 4.2) with parameter-free option-A shortcuts; ResNet-8 of
-MLPerf Tiny (inputs are raw 0..255); MiniLM sentence embeddings; and two random-weight models in
-the shape of ResNet-50 and BERT-base, for cost measurements only.
+MLPerf Tiny (inputs are raw 0..255); SqueezeNet 1.0 on ImageNet; MiniLM sentence embeddings; and
+two random-weight models in the shape of ResNet-50 and BERT-base, for cost measurements only.
 """
 
 from pathlib import Path
@@ -103,6 +103,50 @@ class TinyResNet8(nn.Module):
         return self.dense(functional.avg_pool2d(x, 8).flatten(1))
 
 
+class Fire(nn.Module):
+    """1x1 squeeze, then 1x1 and 3x3 side by side, all with ReLU."""
+
+    def __init__(self, inputs: int, squeeze: int, expand: int) -> None:
+        super().__init__()
+        self.conv1x1_1 = nn.Conv2d(inputs, squeeze, 1)
+        self.conv1x1_2 = nn.Conv2d(squeeze, expand, 1)
+        self.conv3x3_2 = nn.Conv2d(squeeze, expand, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.conv1x1_1(x))
+        both = (functional.relu(self.conv1x1_2(x)), functional.relu(self.conv3x3_2(x)))
+        return torch.cat(both, 1)
+
+
+class SqueezeNet(nn.Module):
+    """SqueezeNet 1.0 (arXiv 1602.07360): [batch, 3, 227, 227] -> [batch, 1000] logits.
+
+    Pixels are BGR, 0..255, less 104, 117, 123.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 96, 7, 2)
+        inputs = 96
+        for index, squeeze in enumerate((16, 16, 32, 32, 48, 48, 64, 64), start=2):
+            self.add_module(f"fire{index}", Fire(inputs, squeeze, 4 * squeeze))
+            inputs = 8 * squeeze
+        self.conv_final = nn.Conv2d(inputs, 1000, 1, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.conv1(x))
+        for index in range(2, 10):
+            if index in (2, 5, 9):
+                x = functional.max_pool2d(x, 3, 2, ceil_mode=True)
+            x = self.get_submodule(f"fire{index}")(x)
+        return functional.relu(self.conv_final(x)).mean((2, 3))
+
+
+def squeezenet(weights: Path) -> SqueezeNet:
+    """SqueezeNet as Deep Compression published it, from a safetensors file, in eval mode."""
+    return _filled(SqueezeNet(), weights)
+
+
 def cifar_resnet(depth: int, weights: Path) -> CifarResNet:
     """The trained CIFAR ResNet of `depth` from a safetensors file, in eval mode."""
     model = CifarResNet(depth)
@@ -115,7 +159,7 @@ def resnet8(weights: Path) -> TinyResNet8:
 
 
 def _filled(model: AnyModel, weights: Path) -> AnyModel:
-    stored = load_file(weights)
+    stored = {name.replace("/", "."): tensor for name, tensor in load_file(weights).items()}
     missing, unexpected = model.load_state_dict(stored, strict=False)
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:

@@ -138,3 +138,12 @@ def test_resnet56_channels_by_latency(run, data_dir):
     cut = rows["ms_eager_b32_90"]
     assert cut["met_ms"] <= (1 - cut["ratio"]) * cut["met_whole_ms"] * (1 + 1e-6)
     assert rows["latency"]["ms_eager_b32_90_eager_b32_speedup"] > 0
+
+
+def test_int8(run):
+    pytest.importorskip("nncf")
+    line = run("int8", "--model", "resnet8")
+    figures = line["resnet8"]
+    keys = ("base", "ours", "nncf", "ort", "latency_ms_ours", "latency_ms_nncf", "latency_ms_ort")
+    assert all(isinstance(figures[key], float) for key in keys)
+    assert figures["ours"] > figures["base"] - 5

@@ -53,6 +53,8 @@ class Region:
         others: members with one entry for each channel that has to be equal for two channels to be
             the same: norms, slopes, tables, depthwise filters.
         homogeneous: whether a multiple of a channel stays one up to the readers.
+        filters: depthwise convolutions on the way.
+        scalable: whether it stays one if the biases of the filters are multiplied as well.
     """
 
     group: Group
@@ -60,6 +62,8 @@ class Region:
     readers: tuple[tuple[Layer, Member], ...]
     others: tuple[Member, ...]
     homogeneous: bool
+    filters: tuple[Layer, ...] = ()
+    scalable: bool = False
 
 
 def _name(node: fx.Node) -> str:
@@ -96,7 +100,7 @@ class Regions:
     def _follow(self, group: Group) -> Region:
         writers: list[Writer] = []
         readers: list[tuple[Layer, Member]] = []
-        homogeneous = True
+        homogeneous = scalable = True
         inner: list[fx.Node] = []
         members = {(m.tensor, m.dim): m for m in group.members}
         carriers = [n for n in self._terms if n.op != "get_attr" and self._carries(n, group)]
@@ -124,12 +128,18 @@ class Regions:
         for node in inner:
             self._passes(node, group)
             if node not in placed:
-                homogeneous = homogeneous and self._is_homogeneous(node, carriers)
+                plain = self._is_homogeneous(node, carriers)
+                homogeneous = homogeneous and plain
+                scalable = scalable and (plain or node in self._layers)
         if not writers or not readers:
             raise _Refused("no layer writes it" if not writers else "no layer reads it")
         others = self._others(group, writers, readers)
-        plain = all(self._multiplies(member) for member in others)
-        return Region(group, tuple(writers), tuple(readers), others, homogeneous and plain)
+        odd = {member.tensor for member in others if not self._multiplies(member)}
+        filters = tuple(self._layers[node] for node in inner if node in self._layers)
+        return Region(
+            group, tuple(writers), tuple(readers), others, homogeneous and not odd, filters,
+            scalable and odd <= {layer.bias for layer in filters},
+        )  # fmt: skip
 
     def _dims(self, node: fx.Node) -> list[Dims]:
         """Terms of every dimension, for each output of a node."""

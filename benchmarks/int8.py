@@ -1,0 +1,212 @@
+"""Int8 after training on six models, beside NNCF and ONNX Runtime's own quantisation.
+
+Rows per model: `<model>` (accuracy or cosine of the original, of `quantize.static` in OpenVINO and
+in ONNX Runtime, of `nncf.quantize` and of `quantize_static`, all on the same calibration samples;
+the peers with their defaults and their best settings) and `<model>_latency` (milliseconds, all in
+turns in one run). Settings are compared on validation samples; `test` figures are beside them.
+
+    python -m benchmarks.int8 [--model resnet20] [--only resnet20_latency]
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.harness import Bench, Row
+from benchmarks.stages import Said, Stages, apply
+from benchmarks.subjects import NAMES, Arrays, Subject, subject
+from laconic.methods.base import Context, Outcome
+from laconic.program.freezing import freeze
+from laconic.program.program import Program
+from laconic.runtimes.base import Precision
+from laconic.runtimes.onnxruntime import OnnxRuntime
+from laconic.runtimes.openvino import OpenVino
+from laconic.storage import predict, save
+
+QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
+NNCF = {"minilm": ("transformer", "default"), "vit": ("transformer", "default")}
+ORT = ("default", "channels", "percentile")
+THREADS = 2
+SPLITS = ("validation", "test")
+
+
+class Job:
+    """One model: what was made of it."""
+
+    def __init__(self, bench: Bench, name: str) -> None:
+        self.bench, self.quick = bench, bool(bench.args.quick)
+        self.model: Subject = subject(name, bench)
+        self.stages = Stages(bench, "int8")
+        self.folder = self.stages.folder
+        self.threads = min(THREADS, torch.get_num_threads())
+
+    def make(self) -> Outcome:
+        """Quantise with the defaults; kept."""
+        context = Context(task=self.model.task, original=self.model.program,
+                          progress=Said(self.bench))  # fmt: skip
+        made = apply(self.model.program, QUANTIZE, context)
+        save(made.program, self.stages.path(self.model.name))
+        return made
+
+    def ours(self) -> Program:
+        """What `make` has kept."""
+        return self.stages.program(self.model.name)
+
+    def in_openvino(self, program: Program, precision: Precision, batch: int) -> peers.Runner:
+        """One of our programs."""
+        name = f"{self.model.name}-{precision}"
+        path = OpenVino().write(program, self.folder / f"{name}.xml", precision)
+        return OpenVino().load(path, precision, self.threads, self.model.shapes(batch)).run
+
+    def in_onnxruntime(self) -> peers.Runner:
+        """Ours in ONNX Runtime."""
+        path = OnnxRuntime().write(self.ours(), self.folder / f"{self.model.name}.onnx", "int8")
+        return OnnxRuntime().load(path, "int8", self.threads).run
+
+    def nncf(self, settings: str) -> Any:
+        """The peer's OpenVINO model, batch dynamic."""
+        original = peers.openvino_model(self.model.model, self.model.example)
+        return peers.nncf_int8(original, self.model.calibration, settings=settings)
+
+    def original_onnx(self) -> Path:
+        """The original as an ONNX file."""
+        path = self.folder / f"{self.model.name}-base.onnx"
+        double = [torch.cat([tensor, tensor]) for tensor in self.model.example]
+        return path if path.exists() else peers.onnx_file(self.model.model, double, path)
+
+    def ort(self, settings: str) -> Path:
+        """The peer's ONNX file."""
+        made = self.folder / f"{self.model.name}-ort-{settings}.onnx"
+        if not made.exists():
+            peers.ort_int8(self.original_onnx(), made, self.model.calibration, settings=settings)
+        return made
+
+    def nncf_settings(self) -> tuple[str, ...]:
+        """Its defaults last: the documentation names a model type for transformers."""
+        found = NNCF.get(self.model.name, ("default", "mixed", "best"))
+        return found[:1] if self.quick else found
+
+    def judged(self, run: Callable[[Arrays], Arrays], name: str, batch: int = 50) -> Row:
+        """Figures of a runner over both splits."""
+        found: Row = {}
+        for split in SPLITS:
+            judged = self.model.judged(fixed(run, batch), split, batch)
+            found |= {f"{name}_{split}" + ("_min" if key == "least" else ""): value
+                      for key, value in judged.items()}  # fmt: skip
+        self.bench.say(f"{self.model.name} {found}")
+        return found
+
+
+def fixed(run: Callable[[Arrays], Arrays], batch: int) -> Callable[[Arrays], Arrays]:
+    """`run` for a last part that is smaller than its fixed batch."""
+    return lambda inputs: [peers.batched_outputs(run, inputs, batch)]
+
+
+def accuracy_row(job: Job) -> Row:
+    """Ours, and the peers in every setting."""
+    start = time.perf_counter()
+    made = job.make()
+    found: Row = {"seconds": time.perf_counter() - start, "notes": list(made.notes)[:8],
+                  "laconic_bytes": predict(freeze(made.program)).total}  # fmt: skip
+    found |= job.judged(peers.eager(job.model.model, job.threads), "base")
+    found |= job.judged(job.in_openvino(job.ours(), "int8", 50), "ours")
+    found |= job.judged(job.in_onnxruntime(), "ours_ort")
+    for settings in job.nncf_settings():
+        made = peers.reshaped(job.nncf(settings), 50)
+        run = peers.openvino_runner(made, "f32", job.threads)
+        found |= job.judged(run, f"nncf_{settings}")
+    for settings in ORT[:1] if job.quick else ORT:
+        found |= job.judged(peers.onnxruntime(job.ort(settings), job.threads), f"ort_{settings}")
+    return found
+
+
+def latency_row(job: Job) -> Row:
+    """Milliseconds at two batch sizes, everything in turns in one run."""
+    runners: dict[str, peers.Runner] = {}
+    inputs: dict[str, Arrays] = {}
+    nncf = job.nncf(job.nncf_settings()[0])
+    original = peers.openvino_model(job.model.model, job.model.example)
+    onnx = job.in_onnxruntime()
+    ort = peers.onnxruntime(job.ort("default" if job.quick else "channels"), job.threads)
+    for batch in (1,) if job.quick else (1, job.model.large):
+        found: dict[str, peers.Runner] = {
+            "ours_int8": job.in_openvino(job.ours(), "int8", batch),
+            "ours_bf16": job.in_openvino(job.model.program, "bf16", batch),
+            "ours_ort": onnx,
+            "nncf": peers.openvino_runner(peers.reshaped(nncf, batch), "f32", job.threads),
+            "nncf_bf16": peers.openvino_runner(peers.reshaped(nncf, batch), "bf16", job.threads),
+            "ort": ort,
+            "openvino_bf16": peers.openvino_runner(
+                peers.reshaped(original, batch), "bf16", job.threads
+            ),
+            "openvino_f32": peers.openvino_runner(
+                peers.reshaped(original, batch), "f32", job.threads
+            ),
+        }
+        arrays = [array[:batch] for array in job.model.splits["validation"][0]]
+        for name, runner in found.items():
+            runners[f"{name}_b{batch}"], inputs[f"{name}_b{batch}"] = runner, arrays
+    rounds, seconds = (2, 0.05) if job.quick else (9, 0.3)
+    timed = peers.interleaved(runners, inputs, rounds=rounds, seconds=seconds)
+    flat: Row = {"threads": job.threads, "busy": max(x["busy"] for x in timed.values())}
+    for name, values in timed.items():
+        flat |= {name: values["ms"], f"{name}_low": values["low"], f"{name}_high": values["high"]}
+    return flat
+
+
+def summary(name: str, accuracy: Row, latency: Row) -> Row:
+    """Per model the figures the issue asks for; each peer's best setting on validation."""
+
+    def best(peer: str) -> str:
+        found = {k.removesuffix("_validation"): v for k, v in accuracy.items()
+                 if k.startswith(f"{peer}_") and k.endswith("_validation")}  # fmt: skip
+        return max(found, key=lambda key: found[key]) if found else ""
+
+    def fastest(*names: str) -> float | None:
+        found = [latency[f"{name}_b1"] for name in names if f"{name}_b1" in latency]
+        return min(found) if found else None
+
+    figures: Row = {"base": accuracy.get("base_test"), "ours": accuracy.get("ours_test")}
+    for peer in ("nncf", "ort"):
+        figures |= {peer: accuracy.get(f"{best(peer)}_test"), f"{peer}_settings": best(peer)}
+    if "ours_test_min" in accuracy:
+        figures |= {"ours_min": accuracy["ours_test_min"],
+                    "nncf_min": accuracy.get(f"{best('nncf')}_test_min")}  # fmt: skip
+    figures |= {
+        "latency_ms_ours": fastest("ours_int8", "ours_bf16"),
+        "latency_ms_ours_int8": fastest("ours_int8"),
+        "latency_ms_nncf": fastest("nncf", "nncf_bf16"),
+        "latency_ms_ort": fastest("ort"),
+        "latency_ms_ours_ort": fastest("ours_ort"),
+    }
+    return {name: {key: value for key, value in figures.items() if value not in (None, "")}}
+
+
+def main(argv: list[str] | None = None) -> Row:
+    """Run the rows and print the JSON line."""
+    bench = Bench("int8", __doc__ or "")
+    bench.parser.add_argument("--model", choices=NAMES, action="append", default=[])
+    args = bench.parse(argv)
+    found: Row = {}
+    for name in args.model or (NAMES[:1] if args.quick else NAMES):
+        rows = (name, f"{name}_latency")
+        if args.only and not set(args.only) & set(rows):
+            continue
+        job = Job(bench, name)
+        steps = {"steps": [QUANTIZE]}
+        accuracy = bench.row(name, lambda job=job: accuracy_row(job), **steps)
+        latency = bench.row(f"{name}_latency", lambda job=job: latency_row(job), **steps)
+        found |= summary(name, accuracy, latency)
+    if not found:
+        print(f"no row {args.only}; models are {NAMES}", file=sys.stderr)
+        raise SystemExit(2)
+    return bench.finish(**found)
+
+
+if __name__ == "__main__":
+    main()
