@@ -10,6 +10,7 @@ from torch import Tensor
 
 from laconic import forms
 from laconic.forms import affine
+from laconic.forms._sides import spread
 from laconic.forms.affine import Affine
 from laconic.forms.operators import dequantize, fake_quantize
 
@@ -40,7 +41,7 @@ def test_encoding_what_was_decoded_gives_the_codes(case):
     values = affine.decode(codes, scale, zero, axis)
     again = affine.encode(values, scale, zero, axis, qmin, qmax)
     assert torch.equal(again.long(), codes)
-    assert again.dtype == (torch.int8 if qmin >= -128 and qmax <= 127 else torch.int32)
+    assert qmin >= torch.iinfo(again.dtype).min and qmax <= torch.iinfo(again.dtype).max
 
 
 @given(codes_on_a_grid(), st.floats(-1e6, 1e6, width=32))
@@ -59,7 +60,7 @@ def test_both_operators_and_the_form_give_the_same_numbers(case, factor):
 @settings(max_examples=100, deadline=None)
 def test_a_value_inside_the_range_moves_by_half_a_step_at_most(case, part):
     codes, scale, zero, axis, qmin, qmax = case
-    side = affine.along(scale, axis, codes.ndim)
+    side = spread(scale, axis, codes.shape)
     x = affine.decode(codes, scale, zero, axis) + side * part
     inside = (codes > qmin) & (codes < qmax)
     moved = (fake_quantize(x, scale, zero, axis, qmin, qmax) - x).abs()
@@ -82,15 +83,17 @@ def test_a_form_is_rebuilt_from_its_parts(case):
 
 def test_bytes_are_packed_bits_plus_scales_plus_zero_points_that_are_not_zero():
     codes = torch.zeros(3, 5, dtype=torch.int8)
-    plain = Affine(codes, torch.ones(3), torch.zeros(3, dtype=torch.int32), 0, -7, 7)
+    plain = Affine(codes, torch.full((3,), 0.3), torch.zeros(3, dtype=torch.int32), 0, -7, 7)
     assert plain.nbytes() == 8 + 12  # 15 codes of 4 bits
-    shifted = Affine(codes, torch.ones(3), torch.ones(3, dtype=torch.int32), 0, -127, 127)
+    shifted = Affine(codes, torch.full((3,), 0.3), torch.ones(3, dtype=torch.int32), 0, -127, 127)
     assert shifted.nbytes() == 15 + 12 + 3
+    powers = Affine(codes, torch.full((3,), 0.25), torch.zeros(3, dtype=torch.int32), 0, -7, 7)
+    assert powers.nbytes() == 8 + 3  # exponents
 
 
 def numeric_gradient(x, scale, zero, axis, qmin, qmax):
     """Straight through inside [qmin, qmax], zero outside, from its definition."""
-    s, z = affine.along(scale, axis, x.ndim), affine.along(zero, axis, x.ndim)
+    s, z = spread(scale, axis, x.shape), spread(zero, axis, x.shape)
     position = x / s + z
     return ((position >= qmin) & (position <= qmax)).to(x.dtype)
 
@@ -123,7 +126,7 @@ def test_gradient_of_the_scale_is_that_of_lsq(axis, generator):
     zero = torch.zeros_like(given_scale, dtype=torch.int32)
     upstream = torch.randn(5, 3, generator=generator)
     fake_quantize(x, given_scale, zero, axis, -3, 3).backward(upstream)
-    s = affine.along(given_scale.detach(), axis, 2)
+    s = spread(given_scale.detach(), axis, (5, 3))
     position = x / s
     # d(round(x/s) s)/ds with round straight through: round(x/s) - x/s inside, the limit outside
     inside = position.abs() <= 3

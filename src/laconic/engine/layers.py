@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from torch import fx
 
 from laconic.engine.result import Layer
+from laconic.forms.levels import Levels
 from laconic.program.cost import NodeCost, cost
 from laconic.program.freezing import form_of
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
+from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKES, STORED, Program
 
-_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, *STORED)
+_FORMS = (DEQUANTIZE, *FAKES, *STORED)
 
 
 def layers(original: Program, compressed: Program) -> list[Layer]:
@@ -45,8 +46,10 @@ def form(program: Program, name: str) -> str:
     user = _form_user(program, name)
     if user is None:
         return f"dense {str(program.tensor(name).dtype).removeprefix('torch.')}"
-    if user.target in STORED:
+    if user.target in STORED or user.target is FAKE_LEVELS:
         held = form_of(program, name)
+        if isinstance(held, Levels):
+            return f"{held.name} levels"
         count = next(reversed(held.tensors().values())).shape
         words = {"codebook": f"codebook of {count[-1]}", "basis": "shared basis",
                  "vectors": f"{count[0]} vectors of {count[-1]}",
@@ -65,7 +68,7 @@ def stored_bytes(program: Program, names: Sequence[str]) -> int:
     total = 0
     for name in names:
         tensor, user = program.tensor(name), _form_user(program, name)
-        coded = user is not None and user.target is FAKE_QUANTIZE
+        coded = user is not None and user.target in FAKES
         total += tensor.numel() * (1 if coded else tensor.element_size())
     return total
 

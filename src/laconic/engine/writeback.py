@@ -9,7 +9,7 @@ from laconic.core.errors import SurgeryError
 from laconic.forms import affine
 from laconic.program.freezing import form_of
 from laconic.program.members import alone
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
+from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, FAKES, STORED, Program
 
 
 def write_back(program: Program, model: nn.Module) -> list[str]:
@@ -68,6 +68,8 @@ def values(program: Program, name: str) -> Tensor:
             if user.target is FAKE_QUANTIZE and user.args[0] is node:
                 scale, zero_point = (_fetch(program, arg) for arg in user.args[1:3])
                 return FAKE_QUANTIZE(tensor, scale, zero_point, *user.args[3:])
+            if user.target is FAKE_LEVELS and user.args[0] is node:
+                return FAKE_LEVELS(tensor, _fetch(program, user.args[1]), *user.args[2:])
     return tensor
 
 
@@ -75,7 +77,7 @@ def _unexpressed(program: Program) -> list[str]:
     count = sum(
         1
         for node in program.graph.nodes
-        if node.target is FAKE_QUANTIZE and not _reads_tensor(node.args[0])
+        if node.target in FAKES and not _reads_tensor(node.args[0])
     )
     if not count:
         return []

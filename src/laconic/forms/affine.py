@@ -1,4 +1,4 @@
-"""Uniform integer grid: `value = (code - zero_point) * scale`, per tensor or per slice of an axis.
+"""Uniform integer grid: `value = (code - zero_point) * scale`, per tensor, slice or run of a slice.
 
 Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
 Inference" (arXiv 1712.05877); the gradient of the scale is LSQ's (Esser et al., arXiv 1902.08153).
@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from laconic.core.errors import StorageError
+from laconic.forms._sides import scale_bytes, spread
 from laconic.forms.base import Form
 
 
@@ -20,8 +22,9 @@ class Affine(Form):
     """Integer codes on a uniform grid.
 
     Attributes:
-        codes: any shape, int8 (int32 where the grid does not fit), values in [qmin, qmax].
-        scale: float32, `[]` for the whole tensor or `[codes.shape[axis]]`; positive.
+        codes: any shape, int8 (int16, int32 where the grid does not fit), values in [qmin, qmax].
+        scale: float32, `[]` for the whole tensor, `[codes.shape[axis]]`, or `[n, g]` for `g`
+            equal runs of each slice of `axis`; positive.
         zero_point: int32, the shape of `scale`.
         axis: the axis the scales belong to, or None.
         qmin: lowest code.
@@ -49,8 +52,8 @@ class Affine(Form):
     def nbytes(self) -> int:
         bits = max(1, math.ceil(math.log2(self.qmax - self.qmin + 1)))
         packed = (self.codes.numel() * bits + 7) // 8
-        zero_points = self.zero_point.numel() if bool(self.zero_point.any()) else 0
-        return packed + 4 * self.scale.numel() + zero_points
+        zero_points = self.zero_point.numel() * bits if bool(self.zero_point.any()) else 0
+        return packed + scale_bytes(self.scale) + (zero_points + 7) // 8
 
     @classmethod
     def from_parts(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> "Affine":
@@ -64,25 +67,30 @@ class Affine(Form):
         )
 
 
-def along(side: Tensor, axis: int | None, ndim: int) -> Tensor:
-    """`side` of shape `[n]` or `[]`, shaped to broadcast along `axis` of a tensor of that rank."""
-    if axis is None:
-        return side.reshape(())
-    shape = [1] * ndim
-    shape[axis] = -1
-    return side.reshape(shape)
-
-
 def encode(
     x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
 ) -> Tensor:
-    """Codes of `x`, rounded half to even, clamped: int8 where [qmin, qmax] fits, else int32."""
-    s, z = along(scale, axis, x.ndim), along(zero_point, axis, x.ndim)
+    """Codes of `x`, rounded half to even, clamped, in the smallest signed type.
+
+    Raises:
+        StorageError: a value is NaN or infinite.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise StorageError("NaN or infinite values have no code")
+    s, z = spread(scale, axis, x.shape), spread(zero_point, axis, x.shape)
     codes = (torch.round(x / s) + z).clamp(qmin, qmax)
-    return codes.to(torch.int8 if qmin >= -128 and qmax <= 127 else torch.int32)
+    return codes.to(code_type(qmin, qmax))
+
+
+def code_type(qmin: int, qmax: int) -> torch.dtype:
+    """The smallest signed type that holds [qmin, qmax]."""
+    for kind in (torch.int8, torch.int16):
+        if qmin >= torch.iinfo(kind).min and qmax <= torch.iinfo(kind).max:
+            return kind
+    return torch.int32
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
     """`(codes - zero_point) * scale` in the dtype of `scale`."""
-    s, z = along(scale, axis, codes.ndim), along(zero_point, axis, codes.ndim)
+    s, z = spread(scale, axis, codes.shape), spread(zero_point, axis, codes.shape)
     return (codes.to(scale.dtype) - z.to(scale.dtype)) * s

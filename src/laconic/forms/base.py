@@ -46,7 +46,7 @@ class Form(ABC):
 
 def kinds() -> list[str]:
     """Names of all forms: one file each."""
-    return [name for name in names("laconic.forms") if name != "operators"]
+    return [name for name in names("laconic.forms") if not name.startswith("operators.")]
 
 
 def form_class(kind: str) -> type[Form]:

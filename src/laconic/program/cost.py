@@ -23,7 +23,8 @@ from laconic.program.equations import Equations, operator_name
 from laconic.program.groups import Groups
 from laconic.program.program import (
     DEQUANTIZE,
-    FAKE_QUANTIZE,
+    FAKES,
+    LEVELS,
     LOOKUP,
     MEMBER,
     STORED,
@@ -35,7 +36,7 @@ Monomials: TypeAlias = Counter[tuple[int, ...]]
 Integers: TypeAlias = NDArray[np.int64]
 
 
-_FORMS = (DEQUANTIZE, FAKE_QUANTIZE, MEMBER, *STORED)
+_FORMS = (DEQUANTIZE, *FAKES, MEMBER, *STORED)
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def _is_weight(program: Program, name: str) -> bool:
     if isinstance(program.tensor(name), torch.nn.Parameter):
         return True
     return any(
-        user.target in (DEQUANTIZE, LOOKUP, VECTORS) and user.args[0] is node
+        user.target in (DEQUANTIZE, LEVELS, LOOKUP, VECTORS) and user.args[0] is node
         for node in program.graph.nodes
         if node.op == "get_attr" and node.target == name
         for user in node.users

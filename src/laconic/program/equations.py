@@ -253,6 +253,8 @@ def _permuted(node: fx.Node, dim: int) -> int:
 _BACK: dict[str, Callable[[fx.Node, int], int]] = {
     "laconic.fake_quantize": _same_dim,
     "laconic.dequantize": _same_dim,
+    "laconic.fake_levels": _same_dim,
+    "laconic.levels": _same_dim,
     "laconic.lookup": _same_dim,
     "aten.to": _same_dim,
     "aten._weight_norm": _same_dim,

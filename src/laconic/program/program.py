@@ -29,11 +29,14 @@ _TRAINING_ARGUMENT = {
 }
 FAKE_QUANTIZE = _form_operators.FAKE_QUANTIZE
 DEQUANTIZE = _form_operators.DEQUANTIZE
+FAKE_LEVELS = _form_operators.FAKE_LEVELS
+LEVELS = _form_operators.LEVELS
 LOOKUP = _form_operators.LOOKUP
 COMBINE = _form_operators.COMBINE
 VECTORS = _form_operators.VECTORS
 HASHED = _form_operators.HASHED
 MEMBER = _form_operators.MEMBER
+FAKES = _form_operators.FAKES
 STORED = _form_operators.STORED
 
 

@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from laconic.core.errors import ExportError, first_line
 from laconic.forms import affine
 from laconic.program.members import alone
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, STORED, Program
+from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, STORED, Program
 
 
 def lower_weights(program: Program) -> fx.GraphModule:
@@ -31,7 +31,8 @@ def lower_weights(program: Program) -> fx.GraphModule:
             node.target = node.name  # they differ where an argument is called like a builtin
         sources: Any = node.args[:3]
         stored = all(is_tensor(source) for source in sources)
-        if node.target in STORED:
+        levels = node.target is FAKE_LEVELS and is_tensor(node.args[0])
+        if node.target in STORED or levels:
             _decode(module, node)
             continue
         if node.target is FAKE_QUANTIZE and stored:

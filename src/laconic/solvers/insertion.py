@@ -1,14 +1,23 @@
 """Put the nodes that stand for forms into a graph, their tensors beside what they decode."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from laconic.forms.codebook import Codebook
 from laconic.forms.hashed import Hashed
 from laconic.forms.vectors import Vectors
-from laconic.program.program import COMBINE, FAKE_QUANTIZE, HASHED, LOOKUP, MEMBER, VECTORS, Program
+from laconic.program.program import (
+    COMBINE,
+    FAKE_LEVELS,
+    FAKE_QUANTIZE,
+    HASHED,
+    LOOKUP,
+    MEMBER,
+    VECTORS,
+    Program,
+)
 from laconic.solvers.placement import Place
 from laconic.solvers.ranges import Grid
 from laconic.solvers.weight_sites import WeightSite
@@ -22,6 +31,25 @@ def quantize_weight(program: Program, site: WeightSite, axis: int | None, grid: 
     """
     first = _single(program, site)
     return _insert(program, first, list(first.users), site.name, axis, grid)
+
+
+def insert_levels(
+    program: Program, site: WeightSite, axis: int | None, scale: Tensor, name: str
+) -> fx.Node:
+    """Put one node behind a weight that moves it to the levels called `name`.
+
+    The scale is stored as `<weight>_scale`. The program is changed; recompile it afterwards.
+
+    Args:
+        program: its tensor of the site's name is the float master copy.
+        site: the weight.
+        axis: what the scales belong to, or None.
+        scale: float `[]`, `[n]` or `[n, g]`, positive; a parameter if it is to train.
+        name: of the levels, see `forms.levels`.
+    """
+    first = _single(program, site)
+    users = list(first.users)
+    return _put(program, first, users, site.name, FAKE_LEVELS, {"scale": scale}, (axis, name))
 
 
 def insert_lookup(program: Program, site: WeightSite, values: Tensor, form: Codebook) -> fx.Node:
@@ -128,6 +156,15 @@ def quantize_activation(program: Program, place: Place, grid: Grid) -> fx.Node:
     return _insert(program, place.source, place.users, name, None, grid)
 
 
+def insert_activation_levels(program: Program, place: Place, scale: Tensor, name: str) -> fx.Node:
+    """Put one node behind a tensor of the graph that moves it to the levels called `name`.
+
+    Only the place's users read it. The scale, `[]`, is stored as `activations.<node>_scale`.
+    """
+    stored, sides = f"activations.{place.name}", {"scale": scale}
+    return _put(program, place.source, place.users, stored, FAKE_LEVELS, sides, (None, name))
+
+
 def _insert(
     program: Program,
     source: fx.Node,
@@ -136,17 +173,32 @@ def _insert(
     axis: int | None,
     grid: Grid,
 ) -> fx.Node:
+    sides = {"scale": grid.scale, "zero_point": grid.zero_point}
+    rest = (axis, grid.qmin, grid.qmax)
+    return _put(program, source, users, name, FAKE_QUANTIZE, sides, rest)
+
+
+def _put(
+    program: Program,
+    source: fx.Node,
+    users: Sequence[fx.Node],
+    name: str,
+    target: Any,
+    stored: Mapping[str, Tensor],
+    rest: tuple[Any, ...],
+) -> fx.Node:
+    """A node `target(source, *stored, *rest)` in front of `users`, its tensors beside `name`."""
     graph = program.graph
     origin = {"origin": source.meta.get("origin", "")}
     sides: list[fx.Node] = []
     with graph.inserting_after(_last_input(source)):
-        made = graph.create_node("call_function", FAKE_QUANTIZE, (source,), name="fake_quantize")
+        made = graph.create_node("call_function", target, (source,), name=str(target).split(".")[1])
     with graph.inserting_before(made):
-        for suffix, tensor in (("scale", grid.scale), ("zero_point", grid.zero_point)):
+        for suffix, tensor in stored.items():
             side = graph.get_attr(program.add_tensor(f"{name}_{suffix}", _beside(program, tensor)))
             side.meta = {**origin, "shape": tuple(tensor.shape), "dtype": tensor.dtype}
             sides.append(side)
-    made.args = (source, *sides, axis, grid.qmin, grid.qmax)
+    made.args = (source, *sides, *rest)
     made.meta = dict(source.meta)
     for user in users:
         user.replace_input_with(source, made)
@@ -164,5 +216,8 @@ def _last_input(node: fx.Node) -> fx.Node:
 def _beside(program: Program, tensor: Tensor) -> Tensor:
     """The tensor on the program's device."""
     for _, held in program.tensors():
-        return tensor.to(held.device)
+        moved = tensor.to(held.device)
+        if isinstance(tensor, nn.Parameter) and moved is not tensor:
+            return nn.Parameter(moved.detach(), requires_grad=tensor.requires_grad)
+        return moved
     return tensor

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from laconic.program.freezing import freeze, is_frozen, thaw
-from laconic.program.program import FAKE_QUANTIZE, Program
+from laconic.program.program import FAKES, Program
 from laconic.program.sites import Sites
 from laconic.solvers.weight_sites import weight_sites
 from laconic.statistics.layers import Layer, layers
@@ -193,7 +193,7 @@ def _bare(program: Program) -> Program:
     """A copy whose weights reach their operators without quantisation nodes."""
     made = program.clone()
     for node in list(made.graph.nodes):
-        if node.target is FAKE_QUANTIZE and node.args[0].op == "get_attr":
+        if node.target in FAKES and node.args[0].op == "get_attr":
             node.replace_all_uses_with(node.args[0])
             made.graph.erase_node(node)
     made.propagate()

@@ -12,8 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from laconic.core.errors import LaconicError, StorageError
+from laconic.forms import levels
 from laconic.forms.operators import STORED
-from laconic.program.program import COMBINE, DEQUANTIZE, HASHED, LOOKUP, VECTORS, Program
+from laconic.program.program import (
+    COMBINE,
+    DEQUANTIZE,
+    HASHED,
+    LEVELS,
+    LOOKUP,
+    VECTORS,
+    Program,
+)
 from laconic.program.signature import Signature
 from laconic.storage import codecs, container, directory, graphs, shapes
 from laconic.storage.directory import Entry
@@ -28,6 +37,7 @@ _TOTAL_SLACK = 64 << 20
 # operator that stands for a form → the roles of its tensors, and where its axis stands, if it does
 _PARTS: dict[Any, tuple[tuple[str, ...], int | None]] = {
     DEQUANTIZE: (("affine.codes", "affine.scale", "affine.zero_point"), 3),
+    LEVELS: (("levels.codes", "levels.scale"), 2),
     LOOKUP: (("codebook.codes", "codebook.values"), 2),
     COMBINE: (("basis.coefficients", "basis.basis"), None),
     VECTORS: (("vectors.codes", "vectors.values"), None),
@@ -284,10 +294,16 @@ def _check_codes(program: Program) -> None:
         StorageError: names the tensor, what was found and what there is.
     """
     for node in program.graph.nodes:
-        if node.target not in (LOOKUP, VECTORS) or any(s.op != "get_attr" for s in node.args[:2]):
+        if node.target not in (LEVELS, LOOKUP, VECTORS) or any(
+            s.op != "get_attr" for s in node.args[:2]
+        ):
             continue
         codes, values = (program.tensor(str(source.target)) for source in node.args[:2])
-        first, count = 0, len(values)
+        first = 0
+        if node.target is LEVELS:
+            count = len(levels.values(str(node.args[3])))
+        else:
+            count = len(values)
         if node.target is LOOKUP:
             first, count = int(node.args[4]), values.shape[-1]
             codes = codes[codes != 0] if node.args[5] else codes

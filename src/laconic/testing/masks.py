@@ -348,6 +348,8 @@ def _table() -> dict[str, Rule]:
         "prelu": _first,
         "laconic.fake_quantize": _first,
         "laconic.dequantize": _first,
+        "laconic.fake_levels": _first,
+        "laconic.levels": _first,
         "laconic.lookup": _first,
         "laconic.combine": _combined,
         "laconic.vectors": _made,

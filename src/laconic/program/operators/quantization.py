@@ -2,18 +2,41 @@
 
 from torch import fx
 
-from laconic.program.axes import product
+from laconic.program.axes import Term, product
 from laconic.program.equations import Arguments, Dims, Equations, Row
 
 
 def quantized(see: Equations, node: fx.Node, a: Arguments) -> Dims:
-    """Axes pass; scale and zero point go with the axis they stand on, if there is one."""
+    """Axes pass; scale and zero point go with the axis they stand on, if there is one.
+
+    Scales of runs go with the first of the other dimensions where every run is so many whole
+    indices of it: those leave together. Elsewhere the runs stay, and what they are cut from.
+    """
     dims = see.dims(node.args[0])
     for name in ("scale", "zero_point"):
-        side = see.dims(a[name])
-        if a["axis"] is not None and side and side[0].size > 1:
+        side = see.dims(a.get(name))
+        if a["axis"] is None or not side:
+            continue
+        if side[0].size > 1:
             see.same(dims[a["axis"]], side[0], node)
+        if len(side) == 2:
+            _runs(see, node, dims, side[1], a["axis"])
     return dims
+
+
+def _runs(see: Equations, node: fx.Node, dims: Dims, runs: Term, axis: int) -> None:
+    """Tie the runs of each slice of `axis` to the dimension they are cut from."""
+    others = [term for place, term in enumerate(dims) if place != axis % len(dims)]
+    if runs.size == 1:
+        return
+    if not others or others[0].size % runs.size:
+        see.freeze(node, "its scales belong to runs of elements", runs, *others)
+        return
+    first, *rest = others
+    see.freeze(node, "a run of elements shares a scale", *rest)
+    count = first.size // runs.size
+    inner = see.rigid(node, "a run of elements shares a scale", count) if count > 1 else ()
+    see.same(first, product(runs, *inner), node)
 
 
 def lookup(see: Equations, node: fx.Node, a: Arguments) -> Dims:
@@ -60,6 +83,8 @@ def member(see: Equations, node: fx.Node, a: Arguments) -> Dims:
 ROWS: dict[str, Row] = {
     "laconic.fake_quantize": quantized,
     "laconic.dequantize": quantized,
+    "laconic.fake_levels": quantized,
+    "laconic.levels": quantized,
     "laconic.lookup": lookup,
     "laconic.combine": combine,
     "laconic.vectors": whole,

@@ -1,12 +1,6 @@
-"""The operators that stand for a form in a graph.
+"""Operators whose stored tensors share: codebooks, bases, vectors, buckets, several models.
 
-`laconic::fake_quantize` works on a float tensor with a straight-through gradient;
-`laconic::dequantize` decodes stored integers. Both give the same numbers. `laconic::lookup` decodes
-a codebook, `laconic::combine` a shared basis, `laconic::vectors` a codebook of short vectors,
-`laconic::hashed` buckets; these are the same in training and frozen: codes stay, values,
-coefficients and bases take gradients. `laconic::member` picks one of several models that are stored
-together. All export, trace and deep-copy like any operator; exporters translate them to what their
-runtime calls the same thing, or to the tensor.
+They are the same in training and frozen: codes stay; values, coefficients and bases take gradients.
 """
 
 from collections.abc import Sequence
@@ -15,67 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laconic.forms import affine, basis, codebook, hashed, vectors
-
-
-@torch.library.custom_op("laconic::fake_quantize", mutates_args=())
-def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
-) -> Tensor:
-    """Round `x` to the grid `(code - zero_point) * scale`, codes in [qmin, qmax].
-
-    Gradient: straight through inside the range, zero outside; LSQ's for the scale.
-    """
-    s = affine.along(scale, axis, x.ndim).to(x.dtype)
-    z = affine.along(zero_point, axis, x.ndim).to(x.dtype)
-    codes = x.div(s).round_().add_(z).clamp_(qmin, qmax)
-    return codes.sub_(z).mul_(s)
-
-
-@fake_quantize.register_fake
-def _(
-    x: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None, qmin: int, qmax: int
-) -> Tensor:
-    del scale, zero_point, axis, qmin, qmax
-    return torch.empty_like(x)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    x, scale, zero_point, ctx.axis, ctx.qmin, ctx.qmax = inputs
-    ctx.save_for_backward(x, scale, zero_point)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, scale, zero_point = ctx.saved_tensors
-    s = affine.along(scale, ctx.axis, x.ndim).to(x.dtype)
-    z = affine.along(zero_point, ctx.axis, x.ndim).to(x.dtype)
-    position = x / s + z
-    inside = (position >= ctx.qmin) & (position <= ctx.qmax)
-    grad_scale = None
-    if ctx.needs_input_grad[1]:
-        rounded = position.round().clamp(ctx.qmin, ctx.qmax)
-        slope = torch.where(inside, rounded - position, rounded - z) * grad
-        others = [i for i in range(x.ndim) if ctx.axis is None or i != ctx.axis % x.ndim]
-        grad_scale = (
-            slope.sum(others).reshape(scale.shape) if others else slope.reshape(scale.shape)
-        )
-    return grad * inside, grad_scale, None, None, None, None
-
-
-fake_quantize.register_autograd(_backward, setup_context=_keep)
-
-
-@torch.library.custom_op("laconic::dequantize", mutates_args=())
-def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    """Decode integer codes: `(codes - zero_point) * scale`, in the dtype of `scale`."""
-    return affine.decode(codes, scale, zero_point, axis).clone()
-
-
-@dequantize.register_fake
-def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Tensor:
-    del zero_point, axis
-    return torch.empty_like(codes, dtype=scale.dtype)
+from laconic.forms import basis, codebook, hashed, vectors
 
 
 @torch.library.custom_op("laconic::lookup", mutates_args=())
@@ -231,13 +165,3 @@ torch.library.define(
     "(Tensor(a) rows, Tensor? base, str names, int chosen, int[] sizes) -> Tensor(a)",
 )
 torch.library.impl("laconic::member", "CompositeImplicitAutograd", member)
-
-FAKE_QUANTIZE = torch.ops.laconic.fake_quantize.default
-DEQUANTIZE = torch.ops.laconic.dequantize.default
-LOOKUP = torch.ops.laconic.lookup.default
-COMBINE = torch.ops.laconic.combine.default
-VECTORS = torch.ops.laconic.vectors.default
-HASHED = torch.ops.laconic.hashed.default
-MEMBER = torch.ops.laconic.member.default
-STORED = (LOOKUP, COMBINE, VECTORS, HASHED)
-"""What no runtime computes with: exported, it becomes the tensor it stands for."""
