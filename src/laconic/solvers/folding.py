@@ -4,6 +4,8 @@ In eval mode batch norm is `y = x * a + c` for each channel, with `a = gamma / s
 `c = beta - mean * a`. Behind a layer it goes into the layer's output channels (`W' = a W`,
 `b' = a b + c`); in front of a layer without padding into its input channels (`W' = W a`,
 `b' = b + W c`), exactly up to rounding: the factors are computed in float64 and rounded once.
+A weight on a grid takes the factors into its scales, which keeps its codes; where a factor is
+negative the grid has to be symmetric.
 Jacob et al. (arXiv 1712.05877), section 3.2.
 """
 
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from laconic.program.program import Program
+from laconic.program.program import FAKE_QUANTIZE, Program
 
 _CONVOLUTIONS = {
     torch.ops.aten.conv1d.default: 1,
@@ -117,15 +119,19 @@ def _fold_back(
         return None, "it normalises another axis than the linear layer's outputs"
     if len(layer.users) > 1:
         return None, f"{layer.name} is also read without it"
-    weight = _owned(program, layer, 1)
+    scale, shift = affine
+    weight, grid = _owned(program, layer, 1), None
+    if weight is None:
+        weight, grid = _on_grid(program, layer, scale)
     if weight is not None and not allow(weight):
         return None, f"{weight} is excluded"
     if weight is None:
-        return None, "the layer's weight is shared, computed or already quantised"
+        return None, "the layer's weight is shared, computed or on a grid that cannot be scaled"
     if isinstance(_argument(layer, 2), fx.Node) and _stored(program, layer.args[2]) is None:
         return None, "the layer's bias is computed"
-    scale, shift = affine
     old = program.tensor(weight)
+    if grid is not None:
+        scale = _scale_grid(program, grid, scale)
     program.set_tensor(weight, (old.double() * _along_outputs(layer, scale, old)).to(old.dtype))
     bias = _stored(program, _argument(layer, 2))
     shift = shift if bias is None else shift + bias.double() * scale
@@ -166,6 +172,40 @@ def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
     groups, inputs = _groups(layer), weight.shape[0]
     table = scale.reshape(groups, 1, -1).expand(groups, inputs // groups, -1)
     return table.reshape(inputs, -1, *[1] * (weight.ndim - 2))
+
+
+def _on_grid(program: Program, layer: fx.Node, scale: Tensor) -> tuple[str | None, fx.Node | None]:
+    """A layer's float weight behind a grid that can take `scale`: its name and the grid's node."""
+    node: Any = layer.args[1]
+    if not isinstance(node, fx.Node) or node.target is not FAKE_QUANTIZE or len(node.users) > 1:
+        return None, None
+    if _is_transposed(layer) or node.args[3] not in (None, 0):
+        return None, None
+    weight = _owned(program, node, 0)
+    if weight is None or _owned(program, node, 1) is None:
+        return None, None
+    zero = _stored(program, node.args[2])
+    symmetric = node.args[4] == -node.args[5] and zero is not None and not bool(zero.any())  # type: ignore[operator]
+    return (weight, node) if symmetric or bool((scale >= 0).all()) else (None, None)
+
+
+def _scale_grid(program: Program, node: fx.Node, scale: Tensor) -> Tensor:
+    """Give each output channel the scale that keeps its codes; returns what the weight takes.
+
+    A channel whose factor is too small for a scale becomes zeros.
+    """
+    sides: Any = node.args[1:3]
+    held, zero = (program.tensor(str(side.target)).detach() for side in sides)
+    factors = scale.abs().to(held.device)
+    made = held.double() * factors.reshape(-1, *[1] * max(held.ndim - 1, 0))
+    alive = (made >= torch.finfo(torch.float32).tiny).reshape(len(factors), -1).all(1)
+    made = torch.where(alive.reshape(-1, *[1] * (made.ndim - 1)), made, held.double())
+    program.set_tensor(str(sides[0].target), made.to(held.dtype))
+    program.set_tensor(str(sides[1].target), zero.expand(made.shape).clone())
+    for side in sides:
+        side.meta["shape"] = tuple(made.shape)
+    node.update_arg(3, 0)
+    return torch.where(alive, scale, torch.zeros_like(scale))
 
 
 # in front of a layer ------------------------------------------------------------------------

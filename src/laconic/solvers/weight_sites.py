@@ -8,6 +8,7 @@ from torch import fx
 
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
+from laconic.program.sites import Sites
 
 # operator name → positions of (activation, weight) and the weight's output axis
 MATRIX: dict[str, tuple[int, int, int]] = {
@@ -72,6 +73,23 @@ def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
         axis = axes.pop() if len(axes) == 1 else None
         found.append(WeightSite(name, tuple(holders), operators, axis, lookup))
     return found, notes
+
+
+def choose_sites(program: Program, sites: Sites, names: Sequence[str]) -> list[str]:
+    """The selected names; a tied weight is in by any of its names, and out by any of them.
+
+    Raises:
+        RecipeError: nothing matches although there are names; says the nearest ones.
+    """
+    barred = Sites(("*", *(p for p in sites.patterns if p.startswith("!"))))
+    every = {name: [name] for name in names}
+    for alias, name in program.aliases.items():
+        every.get(name, []).append(alias)
+    sites.choose([each for group in every.values() for each in group])
+    return [
+        name for name, group in every.items()
+        if any(sites.match(n) for n in group) and all(barred.match(n) for n in group)
+    ]  # fmt: skip
 
 
 def _turned_uses(node: fx.Node, order: Sequence[int]) -> list[tuple[fx.Node, int] | None]:
