@@ -14,6 +14,7 @@ from torch import Tensor
 
 from laconic.core.errors import StorageError
 from laconic.forms._sides import scale_bytes, spread
+from laconic.forms._sides import slice_size as slice_size
 from laconic.forms.base import Form
 
 

@@ -1,249 +1,263 @@
-"""Which range of values an integer grid should cover.
+"""Grids for weights, and (by other names, from `histogram_ranges`) for activations.
 
-A wide range clips nothing and rounds coarsely, a narrow one rounds finely and clips the tails. Four
-rules from a histogram: the extremes (`minmax`), percentiles, the least squared error (`mse`), and
-the least divergence between the histogram and its quantised twin (`entropy`: Migacz, "8-bit
-Inference with TensorRT", GTC 2017). Weights are known exactly, so theirs are extremes or the least
-squared error of each output channel.
+A weight is known exactly, so its range can be the extremes or the one of the least squared error of
+each channel or group, found by trying; the rules that need a histogram take one of all values, each
+as a part of its own channel's or group's extremes.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from laconic.forms import affine
+from laconic.core.errors import DataError, RecipeError
+from laconic.forms import affine, levels
+from laconic.solvers.histogram_ranges import Grid as Grid
+from laconic.solvers.histogram_ranges import Rule as Rule
+from laconic.solvers.histogram_ranges import choose as choose
+from laconic.solvers.histogram_ranges import grid as grid
+from laconic.solvers.histogram_ranges import resolved_share as resolved_share
+from laconic.solvers.histogram_ranges import squared_error as squared_error
 from laconic.statistics.histogram import Histogram
 
-Rule = Literal["minmax", "percentile", "mse", "entropy"]
-WeightRule = Literal["minmax", "mse"]
-_FRACTIONS = 80
+WeightRule = Rule
+Pair = tuple[Tensor, Tensor]
+_TINY = torch.finfo(torch.float32).tiny
 
 
-@dataclass(frozen=True)
-class Grid:
-    """A uniform grid `(code - zero_point) * scale`, codes in [qmin, qmax].
-
-    Attributes:
-        scale: float32 `[]` or `[channels]`, positive.
-        zero_point: int32, the same shape.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-    qmin: int
-    qmax: int
-
-
-# activations ------------------------------------------------------------------------------
-
-
-def choose(
-    histogram: Histogram,
+def weight_grid(
+    weight: Tensor,
+    axis: int | None,
     rule: Rule,
-    *,
-    symmetric: bool,
-    percentile: float = 99.99,
     bits: int = 8,
-) -> tuple[float, float]:
-    """The range (low, high) that `rule` picks, zero included; low = -high where symmetric.
+    *,
+    group: int | None = None,
+    symmetric: bool = True,
+    power_of_two: bool = False,
+    percentile: float = 99.9,
+) -> Grid:
+    """A signed grid for each index of `axis`, or for each run of `group` elements of its slices.
+
+    Symmetric: codes in [-qmax, qmax], qmax = 2^(bits - 1) - 1, so that no code lacks its negative.
+    Otherwise all 2^bits codes and a zero point; zero is always a point of the grid. A slice
+    of zeros takes the largest scale of the others.
 
     Args:
-        histogram: of the values, at least one of them.
-        rule: see the module.
-        symmetric: whether the grid has to be symmetric around zero if there are negative values.
-        percentile: how many per cent of the values must not be clipped at either end.
-        bits: of the codes.
+        weight: finite values.
+        axis: None: one grid for the whole tensor.
+        rule: "minmax" clips nothing, "mse" has the least squared error for each slice; "percentile"
+            and "entropy" clip every slice at the same share of its extremes, because one slice has
+            too few values for a histogram.
+        bits: of the codes, 2 to 16.
+        group: elements that share a scale, None: the whole slice.
+        symmetric: see above.
+        power_of_two: every scale is a power of two.
+        percentile: per cent of the values that "percentile" does not clip at either end.
+
+    Raises:
+        RecipeError: `bits` out of range, or a group that does not divide.
+        DataError: NaN or infinite weights.
     """
-    low, high = min(histogram.minimum, 0.0), max(histogram.maximum, 0.0)
-    if rule == "percentile":
-        part = percentile / 100
-        low = min(max(low, histogram.percentile(1 - part)), 0.0)
-        high = max(min(high, histogram.percentile(part)), 0.0)
-    if symmetric and low < 0:
-        high = max(-low, high)
-        low = -high
+    if not 2 <= bits <= 16:
+        raise RecipeError(
+            f"{bits} bits for a uniform grid of weights, expected 2 to 16",
+            hint="one bit is the levels -1 and 1: quantize.weights with grid: binary",
+        )
+    rows, side = _rows(weight, axis, group)
+    low, high = _ends(rows, symmetric)
+    qmax = 2 ** (bits - 1) - 1
+    qmin = -qmax if symmetric else -qmax - 1
+    if rule in ("percentile", "entropy") and rows.numel():
+        share = _shares(rows, low, high, rule, symmetric, percentile, bits)
+        low, high = low * share[0], high * share[1]
+    scale, zero = _affine_of(low, high, qmin, qmax)
     if rule == "mse":
-        return _least_error(histogram, low, high, symmetric, bits)
-    if rule == "entropy":
-        return _least_divergence(histogram, low, high, bits)
+        scale, zero = _least_row_error(rows, low, high, qmin, qmax)
+    if power_of_two:
+        scale, zero = _powers(rows, scale, low, qmin, qmax, clips=rule != "minmax")
+    scale = _filled(rows, scale).reshape(side)
+    return Grid(scale, zero.to(torch.int32).reshape(side), qmin, qmax)
+
+
+def _rows(weight: Tensor, axis: int | None, group: int | None) -> tuple[Tensor, tuple[int, ...]]:
+    """float64 `[scales, elements of one scale]`, and the shape of the scale.
+
+    Raises:
+        RecipeError: a group that does not divide.
+        DataError: NaN or infinite weights.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise DataError("weights are NaN or infinite", hint="the network may have diverged")
+    rows = weight.detach().double()
+    if axis is None:
+        if group is not None:
+            raise RecipeError("groups need an axis, and this weight has one scale")
+        return rows.reshape(1, -1), ()
+    n, size = weight.shape[axis], affine.slice_size(weight.shape, axis)
+    rows = rows.movedim(axis, 0).reshape(n, size)
+    if group is None or group == size:
+        return rows, (n,)
+    if size % group:
+        fits = ", ".join(str(g) for g in range(1, size + 1) if size % g == 0)
+        raise RecipeError(
+            f"a group of {group} does not divide the {size} weights of a channel",
+            hint=f"sizes that divide: {fits}",
+        )
+    return rows.reshape(-1, group), (n, size // group)
+
+
+def _ends(rows: Tensor, symmetric: bool) -> Pair:
+    """The extremes of each row, zero included; -low = high where symmetric."""
+    if not rows.shape[1]:
+        return rows.new_zeros(len(rows)), rows.new_zeros(len(rows))
+    low, high = rows.amin(1).clamp(max=0), rows.amax(1).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
     return low, high
 
 
-def grid(low: float, high: float, *, symmetric: bool, bits: int = 8) -> Grid:
-    """The grid over [low, high]: unsigned with zero point 0 where nothing is negative.
-
-    Signed and around zero where `symmetric`, else unsigned with a zero point. Zero is always a
-    point of it.
-    """
-    levels = 2**bits - 1
-    if low >= 0:
-        scale, zero, qmin, qmax = high / levels, 0, 0, levels
-    elif symmetric:
-        half = 2 ** (bits - 1)
-        scale, zero, qmin, qmax = max(-low / half, high / (half - 1)), 0, -half, half - 1
-    else:
-        scale = (high - low) / levels
-        zero, qmin, qmax = min(max(round(-low / scale), 0), levels), 0, levels
-    smallest = float(torch.finfo(torch.float32).tiny) * 2**bits
-    return Grid(
-        torch.tensor(max(scale, smallest), dtype=torch.float32),
-        torch.tensor(zero, dtype=torch.int32),
-        qmin,
-        qmax,
-    )
+def _affine_of(low: Tensor, high: Tensor, qmin: int, qmax: int) -> Pair:
+    """Scale and zero point of each range."""
+    scale = (high - low) / (qmax - qmin)
+    zero = torch.round(qmin - low / scale.clamp(min=_TINY)).clamp(qmin, qmax)
+    return scale, zero if qmin != -qmax else torch.zeros_like(zero)
 
 
-def squared_error(histogram: Histogram, chosen: Grid) -> float:
-    """Mean squared error of the histogram's values (bin centres) on a grid."""
-    wanted = _occupied(histogram)
-    return float(_errors(*wanted, chosen.scale.double()[None], chosen.zero_point.double()[None],
-                         chosen.qmin, chosen.qmax)[0]) / histogram.total  # fmt: skip
-
-
-def resolved_share(histogram: Histogram, chosen: Grid) -> float:
-    """Share of the values that get another code than zero's: near 0 if outliers set the range."""
-    centres, counts = _occupied(histogram)
-    away = torch.round(centres / chosen.scale.double()) != 0
-    return float(counts[away].sum()) / histogram.total
-
-
-def _occupied(histogram: Histogram) -> tuple[Tensor, Tensor]:
-    """float64 (centres, counts) of the bins that hold something; zero's bin stands at zero."""
-    held = histogram.counts.nonzero().flatten()
-    centres = histogram.centres[held].clamp(histogram.minimum, histogram.maximum)
-    centres = torch.where(held == histogram.bins // 2, torch.zeros_like(centres), centres)
-    return centres, histogram.counts[held].double()
-
-
-def _errors(
-    centres: Tensor, counts: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int
-) -> Tensor:
-    """Summed squared error for each of the grids `scale, zero` `[grids]`."""
-    codes = torch.round(centres / scale[:, None]).add_(zero[:, None]).clamp_(qmin, qmax)
-    off = codes.sub_(zero[:, None]).mul_(scale[:, None]).sub_(centres)
-    return off.square_() @ counts
-
-
-def _least_error(
-    histogram: Histogram, low: float, high: float, symmetric: bool, bits: int
+def _shares(
+    rows: Tensor,
+    low: Tensor,
+    high: Tensor,
+    rule: Rule,
+    symmetric: bool,
+    percentile: float,
+    bits: int,
 ) -> tuple[float, float]:
-    """Shrink both ends to the least squared error: together, or in turns where not symmetric."""
-    centres, counts = _occupied(histogram)
-    one_sided = low >= 0 or symmetric
-    shares = torch.linspace(1, 1 / _FRACTIONS, _FRACTIONS, dtype=torch.float64)
-
-    def best(lows: Tensor, highs: Tensor) -> int:
-        scale, zero, qmin, qmax = _grids(lows, highs, symmetric, bits)
-        return int(_errors(centres, counts, scale, zero, qmin, qmax).argmin())
-
-    if one_sided:
-        share = float(shares[best(low * shares, high * shares)])
-        return low * share, high * share
-    ends = [low, high]
-    for turn in range(6):
-        end = turn % 2
-        tried = [torch.full_like(shares, ends[0]), torch.full_like(shares, ends[1])]
-        tried[end] = (low, high)[end] * shares
-        ends[end] = float(tried[end][best(*tried)])
-    return ends[0], ends[1]
+    """What part of each row's extremes `rule` keeps, from all values as parts of them."""
+    parts = rows / torch.where(rows < 0, -low[:, None], high[:, None]).clamp(min=_TINY)
+    histogram = Histogram()
+    histogram.update(parts)
+    if histogram.minimum == histogram.maximum == 0:
+        return 1.0, 1.0
+    first, last = choose(histogram, rule, symmetric=symmetric, percentile=percentile, bits=bits)
+    return -first if first < 0 else 1.0, last if last > 0 else 1.0
 
 
-def _grids(
-    lows: Tensor, highs: Tensor, symmetric: bool, bits: int
-) -> tuple[Tensor, Tensor, int, int]:
-    """`grid` for many ranges at once: (scales, zero points, qmin, qmax)."""
-    levels, half = 2**bits - 1, 2 ** (bits - 1)
-    smallest = torch.finfo(torch.float32).tiny * 2**bits
-    if bool((lows >= 0).all()):
-        return (highs / levels).clamp(min=smallest), torch.zeros_like(highs), 0, levels
-    if symmetric:
-        scale = torch.maximum(-lows / half, highs / (half - 1))
-        return scale.clamp(min=smallest), torch.zeros_like(highs), -half, half - 1
-    scale = ((highs - lows) / levels).clamp(min=smallest)
-    return scale, torch.round(-lows / scale).clamp(0, levels), 0, levels
+def _filled(rows: Tensor, scale: Tensor) -> Tensor:
+    """float32 scales, positive: where a row is zeros, the largest of the others'."""
+    if not scale.numel():
+        return scale.float()
+    there = rows.count_nonzero(1) > 0
+    scale = torch.where(there, scale, scale[there].max() if bool(there.any()) else 1.0)
+    return scale.float().clamp(min=_TINY)
 
 
-def _least_divergence(
-    histogram: Histogram, low: float, high: float, bits: int
-) -> tuple[float, float]:
-    """Shrink both ends by one factor to the least Kullback-Leibler divergence."""
-    counts = histogram.counts.double()
-    half, levels = histogram.bins // 2, 2**bits
-    best, found = float("inf"), (low, high)
-    for step in range(_FRACTIONS, _FRACTIONS // 8 - 1, -1):
-        share = step / _FRACTIONS
-        first = half + int(low * share / histogram.width // 1)
-        last = half + int(-(-high * share / histogram.width // 1))
-        if last - first < levels // 2:
-            break
-        divergence = _divergence(counts, max(first, 0), min(last, histogram.bins), levels)
-        if divergence < best:
-            best, found = divergence, (low * share, high * share)
-    return found
+def _least_row_error(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> Pair:
+    """Scale and zero point of each row with the least squared error, the range within [low, high].
 
-
-def _divergence(counts: Tensor, first: int, last: int, levels: int) -> float:
-    """KL(P, Q): P the clipped histogram, tails on its end bins; Q the same on `levels` levels."""
-    inside = counts[first:last]
-    clipped = inside.clone()
-    clipped[0] += counts[:first].sum()
-    clipped[-1] += counts[last:].sum()
-    place = torch.arange(len(inside)) * levels // len(inside)
-    held = (clipped > 0).double()
-    sums = torch.zeros(levels, dtype=torch.float64).index_add_(0, place, inside)
-    holders = torch.zeros(levels, dtype=torch.float64).index_add_(0, place, held)
-    spread = (sums / holders.clamp(min=1))[place] * held
-    total, spread_total = clipped.sum(), spread.sum()
-    if total == 0 or spread_total == 0:
-        return float("inf")
-    p = clipped / total
-    q = (spread / spread_total).clamp(min=1e-12)
-    return float((p * (p / q).clamp(min=1e-300).log()).sum())
-
-
-# weights ----------------------------------------------------------------------------------
-
-
-def weight_grid(weight: Tensor, axis: int | None, rule: WeightRule, bits: int = 8) -> Grid:
-    """A signed grid around zero for each index of `axis` (None: one for the whole tensor).
-
-    Codes are in [-qmax, qmax], qmax = 2^(bits - 1) - 1, so that no code lacks its negative. A
-    channel of zeros takes the largest scale of the others.
+    Both ends shrink together; where the grid is not symmetric then each by itself.
     """
-    qmax = 2 ** (bits - 1) - 1
-    rows = weight.detach().double()
-    rows = rows.reshape(1, -1) if axis is None else rows.movedim(axis, 0).flatten(1)
-    largest = rows.abs().amax(1)
-    scale = largest / qmax
-    if rule == "mse":
-        scale = _least_row_error(rows, scale, qmax)
-    spare = scale.max() if bool(scale.max() > 0) else torch.ones((), dtype=torch.float64)
-    scale = torch.where(largest > 0, scale, spare)
-    shape = () if axis is None else (-1,)
-    scale = scale.float().clamp(min=torch.finfo(torch.float32).tiny).reshape(shape)
-    return Grid(scale, torch.zeros_like(scale, dtype=torch.int32), -qmax, qmax)
-
-
-def _least_row_error(rows: Tensor, widest: Tensor, qmax: int) -> Tensor:
-    """The scale of each row, at most `widest`, with the least squared error."""
-    best = torch.full_like(widest, torch.inf)
-    found = widest.clone()
-    rows = rows.float()
+    found = _affine_of(low, high, qmin, qmax)
+    best = torch.full_like(low, torch.inf)
+    ends, narrow = (low, high), rows.float()
     lowest = 0.8 if qmax > 100 else 0.3  # at 8 bits clipping more than that never pays
-    for share in torch.linspace(1, lowest, 24).tolist():
-        scale = (widest * share).clamp(min=1e-38)
-        side = scale.float()[:, None]
-        off = torch.round(rows / side).clamp_(-qmax, qmax).mul_(side).sub_(rows)
-        error = off.square_().sum(1, dtype=torch.float64)
+    shares = torch.linspace(1, lowest, 24).tolist()
+    tries = [(a, a) for a in shares]
+    if qmin != -qmax:
+        tries += [(a, 1.0) for a in shares[1::2]] + [(1.0, a) for a in shares[1::2]]
+    kept = ends
+    for number, (first, last) in enumerate(tries):
+        if number == len(shares):
+            ends = kept  # shrunk together as far as pays; now each by itself
+        tried = ends[0] * first, ends[1] * last
+        grid = _affine_of(*tried, qmin, qmax)
+        error = _row_errors(narrow, *grid, qmin, qmax)
         better = error < best
         best = torch.where(better, error, best)
-        found = torch.where(better, scale, found)
+        found, kept = _picked(better, grid, found), _picked(better, tried, kept)
     return found
+
+
+def _row_errors(rows: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Summed squared error of each row (float32) on its grid, float64."""
+    side, origin = scale.clamp(min=1e-38).float()[:, None], zero.float()[:, None]
+    codes = torch.round(rows / side).add_(origin).clamp_(qmin, qmax)
+    off = codes.sub_(origin).mul_(side).sub_(rows)
+    return off.square_().sum(1, dtype=torch.float64)
+
+
+def _powers(rows: Tensor, scale: Tensor, low: Tensor, qmin: int, qmax: int, *, clips: bool) -> Pair:
+    """The power of two above each scale, or where that `clips` less well, the one below."""
+    above = torch.exp2(torch.ceil(torch.log2(scale.clamp(min=_TINY))))
+
+    def origin(side: Tensor) -> Tensor:
+        zero = torch.round(qmin - low / side).clamp(qmin, qmax)
+        return zero if qmin != -qmax else torch.zeros_like(zero)
+
+    chosen = above, origin(above)
+    if clips:
+        below = above / 2, origin(above / 2)
+        narrow = rows.float()
+        errors = [_row_errors(narrow, *grid, qmin, qmax) for grid in (below, chosen)]
+        better = errors[0] < errors[1]
+        chosen = _picked(better, below, chosen)
+    return chosen
+
+
+def _picked(better: Tensor, one: Pair, other: Pair) -> Pair:
+    """Row by row one pair or the other."""
+    return torch.where(better, one[0], other[0]), torch.where(better, one[1], other[1])
 
 
 def on_grid(weight: Tensor, axis: int | None, chosen: Grid) -> Tensor:
     """The values that `weight` has on a grid, in its own dtype."""
     codes = affine.encode(weight, chosen.scale, chosen.zero_point, axis, chosen.qmin, chosen.qmax)
     return affine.decode(codes, chosen.scale, chosen.zero_point, axis).to(weight.dtype)
+
+
+def level_scale(
+    weight: Tensor,
+    axis: int | None,
+    name: str,
+    rule: Literal["minmax", "mse"],
+    *,
+    group: int | None = None,
+    power_of_two: bool = False,
+) -> Tensor:
+    """The scale of fixed levels (see `forms.levels`), float32 `[]`, `[n]` or `[n, g]`.
+
+    "minmax" puts the largest magnitude on the highest level, "mse" has the least squared error.
+    Of two levels the best scale is known: the mean magnitude, whatever the rule (Rastegari et al.,
+    "XNOR-Net", arXiv 1603.05279).
+
+    Raises:
+        RecipeError: a group that does not divide.
+        DataError: NaN or infinite weights.
+    """
+    rows, side = _rows(weight, axis, group)
+    top = levels.values(name)[-1]
+    if name == "binary":
+        wide = rows.abs().mean(1) if rows.shape[1] else rows.new_zeros(len(rows))
+        shares = [1.0]
+    else:
+        wide = _ends(rows, True)[1] / top
+        shares = torch.linspace(1, 0.4, 25).tolist() if rule == "mse" else [1.0]
+    scale = wide
+    if power_of_two:
+        wide = torch.exp2(torch.ceil(torch.log2(wide.clamp(min=_TINY))))
+        scale, shares = wide, [1.0, 0.5, 0.25] if rule == "mse" or name == "binary" else [1.0]
+    best = torch.full_like(scale, torch.inf)
+    for share in shares if len(shares) > 1 else ():
+        tried = (wide * share).clamp(min=_TINY)
+        error = _level_errors(rows.float(), tried.float(), name)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, tried, scale)
+    return (scale.float().clamp(min=_TINY) if name == "binary" else _filled(rows, scale)).reshape(
+        side
+    )
+
+
+def _level_errors(rows: Tensor, scale: Tensor, name: str) -> Tensor:
+    """Summed squared error of each row (float32) on levels times its scale, float64."""
+    codes = levels.numbers(rows / scale[:, None], name)
+    return (levels.decode(codes, scale, 0, name) - rows).square_().sum(1, dtype=torch.float64)

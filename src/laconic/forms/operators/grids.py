@@ -7,6 +7,7 @@ states give the same numbers.
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +21,32 @@ def fake_quantize(
 ) -> Tensor:
     """Round `x` to the grid `(code - zero_point) * scale`, codes in [qmin, qmax].
 
-    Gradient: straight through inside the range, zero outside; LSQ's for the scale.
+    Gradient: straight through inside the range, zero outside; LSQ's for the scale. bfloat16 and
+    float16 are rounded in float32, so that autocast changes no code.
     """
-    s = spread(scale, axis, x.shape).to(x.dtype)
-    z = spread(zero_point, axis, x.shape).to(x.dtype)
-    codes = x.div(s).round_().add_(z).clamp_(qmin, qmax)
-    return codes.sub_(z).mul_(s)
+    wide = _wide(x)
+    s = spread(scale, axis, x.shape).to(wide.dtype)
+    z = spread(zero_point, axis, x.shape).to(wide.dtype)
+    codes = wide.div(s).round_().add_(z).clamp_(qmin, qmax)
+    return codes.sub_(z).mul_(s).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32, others as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _between(grad: Tensor, position: Tensor, low: float, high: float) -> Tensor:
+    """`grad` where `low <= position <= high`, else 0, in one pass and without a mask.
+
+    A comparison and a product take torch several times as long on a CPU.
+    """
+    kind = np.float64 if position.dtype == torch.float64 else np.float32
+    below = float(np.nextafter(kind(low), kind(-np.inf))) if low else -1e-30  # not a denormal
+    above = float(np.nextafter(kind(high), kind(np.inf))) if high else 1e-30
+    if grad.stride() != position.stride():
+        grad = torch.empty_like(position).copy_(grad)
+    return torch.ops.aten.hardtanh_backward(grad, position, below, above)
 
 
 @fake_quantize.register_fake
@@ -44,16 +65,17 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale, zero_point = ctx.saved_tensors
-    s = spread(scale, ctx.axis, x.shape).to(x.dtype)
-    z = spread(zero_point, ctx.axis, x.shape).to(x.dtype)
-    position = x / s + z
-    inside = (position >= ctx.qmin) & (position <= ctx.qmax)
+    wide, upper = _wide(x), _wide(grad)
+    away = wide / spread(scale, ctx.axis, x.shape).to(wide.dtype)
+    z = spread(zero_point, ctx.axis, x.shape).to(wide.dtype)
+    position = away + z
+    inner = _between(upper, position, ctx.qmin, ctx.qmax)
     grad_scale = None
-    if ctx.needs_input_grad[1]:
-        rounded = position.round().clamp(ctx.qmin, ctx.qmax)
-        slope = torch.where(inside, rounded - position, rounded - z) * grad
-        grad_scale = summed(slope, scale.shape, ctx.axis)
-    return grad * inside, grad_scale, None, None, None, None
+    if ctx.needs_input_grad[1]:  # inside: rounded - position, outside: rounded - z
+        slope = position.round_().clamp_(ctx.qmin, ctx.qmax).sub_(z).mul_(upper)
+        slope.addcmul_(inner, away, value=-1)
+        grad_scale = summed(slope, scale.shape, ctx.axis).to(scale.dtype)
+    return inner.to(grad.dtype), grad_scale, None, None, None, None
 
 
 fake_quantize.register_autograd(_backward, setup_context=_keep)
@@ -76,11 +98,11 @@ def fake_levels(x: Tensor, scale: Tensor, axis: int | None, name: str) -> Tensor
     """Move `x` to the nearest of the levels called `name`, times the scale (see `forms.levels`).
 
     Gradient: straight through between the lowest and the highest level, zero outside; of the
-    scale as LSQ's. NaN stays.
+    scale as LSQ's. NaN stays. Half precision is moved in float32.
     """
-    s = spread(scale, axis, x.shape).to(x.dtype)
-    position = x / s
-    return torch.where(position.isnan(), position, _level(position, name).mul_(s))
+    position = levels.positions(_wide(x), scale, axis)
+    made = _level(position, name).mul_(spread(scale, axis, x.shape).to(position.dtype))
+    return made.add_(position.clamp_(-1, 1), alpha=0).to(x.dtype)  # only a NaN is seen
 
 
 @fake_levels.register_fake
@@ -92,8 +114,8 @@ def _(x: Tensor, scale: Tensor, axis: int | None, name: str) -> Tensor:
 def _level(position: Tensor, name: str) -> Tensor:
     """The value of the level next to each position."""
     held = levels.table(name, position)
-    if len(held) == 2:
-        return torch.where(position >= levels.borders(name)[0], held[1], held[0])
+    if name == "binary":
+        return torch.ones_like(position).copysign_(position + 0.0)  # -0 is on the upper level
     return held[levels.numbers(position, name).int()]
 
 
@@ -105,15 +127,15 @@ def _keep_levels(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _levels_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, scale = ctx.saved_tensors
-    position = levels.positions(x, scale, ctx.axis)
+    upper = _wide(grad)
+    position = levels.positions(_wide(x), scale, ctx.axis)
     held = levels.values(ctx.name)
-    inside = (position >= held[0]) & (position <= held[-1])
+    inner = _between(upper, position, held[0], held[-1])
     grad_scale = None
-    if ctx.needs_input_grad[1]:
-        level = _level(position, ctx.name)
-        slope = torch.where(inside, level - position, level) * grad
-        grad_scale = summed(slope, scale.shape, ctx.axis)
-    return grad * inside, grad_scale, None, None
+    if ctx.needs_input_grad[1]:  # inside: level - position, outside: level
+        slope = _level(position, ctx.name).mul_(upper).addcmul_(inner, position, value=-1)
+        grad_scale = summed(slope, scale.shape, ctx.axis).to(scale.dtype)
+    return inner.to(grad.dtype), grad_scale, None, None
 
 
 fake_levels.register_autograd(_levels_backward, setup_context=_keep_levels)
