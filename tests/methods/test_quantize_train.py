@@ -357,3 +357,14 @@ def test_what_is_only_zeros_stays_float_and_nan_is_refused(program):
     broken = [(torch.full((8, 3, 6, 6), float("nan")), torch.zeros(8, dtype=torch.long))]
     with pytest.raises(DataError, match="x"):
         apply(program, classification(train=broken))
+
+
+def test_rounding_is_the_same_in_bfloat16_training(program, task):
+    """Under autocast, scales and rounding stay in float32: the codes are those of float32."""
+    scale, zero = torch.tensor(0.0301), torch.tensor(0, dtype=torch.int32)
+    x = (torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
+    for low, high in ((0, 255), (0, 15)):
+        found = torch.ops.laconic.fake_quantize(x, scale, zero, None, low, high)
+        wanted = torch.ops.laconic.fake_quantize(x.float(), scale, zero, None, low, high)
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, wanted.bfloat16())

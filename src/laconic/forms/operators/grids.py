@@ -102,7 +102,7 @@ def fake_levels(x: Tensor, scale: Tensor, axis: int | None, name: str) -> Tensor
     """
     position = levels.positions(_wide(x), scale, axis)
     made = _level(position, name).mul_(spread(scale, axis, x.shape).to(position.dtype))
-    return made.add_(position.clamp_(-1, 1), alpha=0).to(x.dtype)  # only a NaN is seen
+    return position.clamp_(-1, 1).mul_(0).add_(made).to(x.dtype)  # only a NaN is seen
 
 
 @fake_levels.register_fake
@@ -115,7 +115,7 @@ def _level(position: Tensor, name: str) -> Tensor:
     """The value of the level next to each position."""
     held = levels.table(name, position)
     if name == "binary":
-        return torch.ones_like(position).copysign_(position + 0.0)  # -0 is on the upper level
+        return held[1].expand_as(position).copysign(position + 0.0)  # -0 is on the upper level
     return held[levels.numbers(position, name).int()]
 
 
