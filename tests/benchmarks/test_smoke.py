@@ -147,3 +147,11 @@ def test_int8(run):
     keys = ("base", "ours", "nncf", "ort", "latency_ms_ours", "latency_ms_nncf", "latency_ms_ort")
     assert all(isinstance(figures[key], float) for key in keys)
     assert figures["ours"] > figures["base"] - 5
+
+
+def test_binary_kernel(run):
+    line = run("binary_kernel", "--threads", "1")
+    for row in line["rows"].values():
+        for name in ("conv_256_14", "linear_1024"):
+            assert row["values"][name]["difference"] == 0
+            assert row["values"][name]["ours"] > 0

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,15 +17,20 @@ from laconic.program.members import alone
 from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, STORED, Program
 
 
-def lower_weights(program: Program) -> fx.GraphModule:
+def lower_weights(
+    program: Program, before: Callable[[fx.GraphModule], object] | None = None
+) -> fx.GraphModule:
     """A flat eval-mode graph ready for a runtime.
 
     Every fake-quantised *weight* becomes codes and `dequantize`; codes and zero points of every
     quantisation node get the 8-bit type their range asks for. Codebooks and other forms that no
     runtime knows become the tensors they stand for: exact, as large as before in the file. Of
-    several models that are stored together the chosen one is lowered.
+    several models that are stored together the chosen one is lowered. `before` may take out what a
+    runtime does have kernels for.
     """
     module = alone(program).clone().as_graph_module()
+    if before is not None:
+        before(module)
     for node in list(module.graph.nodes):
         if node.op == "placeholder":
             node.target = node.name  # they differ where an argument is called like a builtin
@@ -37,10 +42,11 @@ def lower_weights(program: Program) -> fx.GraphModule:
             continue
         if node.target is FAKE_QUANTIZE and stored:
             node = _store(module, node)
-            sources = node.args[:3]
         if node.target is FAKE_QUANTIZE:
             _retype(module, node, 2, code_type(*node.args[4:6]))
         elif node.target is DEQUANTIZE and stored:
+            node = _whole_rows(module, node)
+            sources = node.args[:3]
             values = [fetch(module, sources[i].target) for i in (0, 2)]
             ends = [int(end) for tensor in values if tensor.numel() for end in tensor.aminmax()]
             kind = code_type(min(ends, default=0), max(ends, default=0))
@@ -80,6 +86,38 @@ def _store(module: fx.GraphModule, node: fx.Node) -> fx.Node:
         made = module.graph.call_function(DEQUANTIZE, (stored, *sources[1:], rest[0]))
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
+    module.graph.erase_node(node)
+    return made
+
+
+def _whole_rows(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Where scales belong to runs of elements, make every run a row with a scale, then reshape.
+
+    Codes `[n * g, run]` with a scale for each row are what every runtime can decode.
+    """
+    sources: Any = node.args[:3]
+    codes, *sides = (fetch(module, source.target) for source in sources)
+    axis: Any = node.args[3]
+    if sides[0].ndim < 2:
+        return node
+    moved = codes.detach().movedim(axis, 0)
+    count = sides[0].numel()
+    order = list(range(codes.ndim))
+    order.insert(axis % codes.ndim, order.pop(0))
+    aten = torch.ops.aten
+    with module.graph.inserting_before(node):
+        stored = [attribute(module, f"{sources[0].target}_rows",
+                            moved.reshape(count, codes.numel() // max(count, 1)))]  # fmt: skip
+        stored += [
+            attribute(module, f"{source.target}_rows", side.detach().reshape(-1))
+            for source, side in zip(sources[1:], sides, strict=True)
+        ]
+        made = module.graph.call_function(DEQUANTIZE, (*stored, 0))
+        turned = module.graph.call_function(aten.reshape.default, (made, list(moved.shape)))
+        if order != sorted(order):
+            turned = module.graph.call_function(aten.permute.default, (turned, order))
+    made.meta, turned.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(turned)
     module.graph.erase_node(node)
     return made
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.forms import levels
+from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, FAKES, Program
 from laconic.runtimes._export import code_type
 from laconic.runtimes._onnx_attention import attention, modules
 
@@ -15,7 +16,12 @@ _IR = Any  # values of onnx_ir: loose stubs
 def own() -> dict[Any, Callable[..., Any]]:
     """Laconic's operators, and attention in the form that runtimes fuse."""
     dot_product: Any = torch.ops.aten.scaled_dot_product_attention.default
-    return {FAKE_QUANTIZE: _fake_quantize, DEQUANTIZE: _dequantize, dot_product: attention}
+    return {
+        FAKE_QUANTIZE: _fake_quantize,
+        DEQUANTIZE: _dequantize,
+        FAKE_LEVELS: _fake_levels,
+        dot_product: attention,
+    }
 
 
 def missing() -> dict[Any, Callable[..., Any]]:
@@ -43,8 +49,12 @@ def refusals(program: Program) -> list[str]:
     """Quantisation nodes that QuantizeLinear and DequantizeLinear cannot express, in words."""
     found: list[str] = []
     for node in program.graph.nodes:
-        inner: Any = node.all_input_nodes[0] if node.target is FAKE_QUANTIZE else None
+        inner: Any = node.all_input_nodes[0] if node.target in FAKES else None
         if inner is None or inner.op == "get_attr":
+            continue
+        if len(node.all_input_nodes[1].meta.get("shape", ())) > 1:
+            found.append(f"{inner.name}: scales of runs of elements belong to stored tensors only")
+        if node.target is FAKE_LEVELS:
             continue
         low, high = node.args[4:6]
         if code_type(low, high) is torch.int32:
@@ -75,6 +85,27 @@ def _clamp(x: _IR, low: _IR, high: _IR, axis: int) -> _IR:
     shape[axis] = -1
     low, high = op.Reshape(low, shape), op.Reshape(high, shape)
     return op.Min(op.Max(x, low), high)
+
+
+def _fake_levels(x: _IR, scale: _IR, axis: int | None, name: str) -> _IR:
+    """The nearest of fixed levels: a comparison, a cast that rounds, or a count of borders."""
+    op, ir = modules()
+
+    if axis is not None:
+        shape = [1] * len(x.shape)
+        shape[axis] = -1
+        scale = op.Reshape(scale, shape)
+    position = op.Div(x, scale)
+    held, borders = levels.values(name), levels.borders(name)
+    if len(held) == 2:
+        return op.Mul(op.Where(op.GreaterOrEqual(position, borders[0]), held[1], held[0]), scale)
+    floats = {"fp8_e4m3": ir.DataType.FLOAT8E4M3FN, "fp8_e5m2": ir.DataType.FLOAT8E5M2}
+    if name in floats:
+        codes = op.Cast(op.Clip(position, held[0], held[-1]), to=int(floats[name]))
+        return op.Mul(op.Cast(codes, to=int(ir.DataType.FLOAT)), scale)
+    above = op.GreaterOrEqual(op.Unsqueeze(position, [-1]), op.Constant(value_floats=borders))
+    count = op.ReduceSum(op.Cast(above, to=int(ir.DataType.INT64)), [-1], keepdims=0)
+    return op.Mul(op.Gather(op.Constant(value_floats=held), count), scale)
 
 
 def _dequantize(codes: _IR, scale: _IR, zero_point: _IR, axis: int | None) -> _IR:

@@ -2,8 +2,9 @@
 
 For staying inside torch, and for operators that ONNX lacks. fp32 and bf16 (autocast; weights are
 stored in 16 bits). Quantisation nodes are computed in float: the numbers are right, the speed is
-that of fp32. A package holds one thread count and one batch size, or any batch at some cost in
-speed; building needs a C++ compiler and takes about ten seconds for a small network.
+that of fp32; layers whose weights and inputs are signs run on a kernel of ours. A package holds one
+thread count and one batch size, or any batch at some cost in speed; building needs a C++ compiler
+and takes about ten seconds for a small network.
 """
 
 import json
@@ -20,8 +21,9 @@ import torch
 from torch import fx
 
 from laconic.core.errors import ExportError, first_line
-from laconic.forms import affine
-from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE, Program
+from laconic.forms import affine, levels
+from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, Program
+from laconic.runtimes._binary_graph import replace_binary
 from laconic.runtimes._export import attribute, export, fetch, is_tensor, lower_weights
 from laconic.runtimes.base import (
     Array,
@@ -76,7 +78,7 @@ class Inductor(Runtime):
         about = {"threads": threads, "precision": precision, "inputs": _names(program)}
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
             target = Path(folder) / path.name
-            exported = _exported(program, precision, shapes)
+            exported = _exported(program, precision, shapes, threads)
             try:
                 with torch.no_grad(), warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -148,13 +150,15 @@ def _names(program: Program) -> list[str]:
     return [node.name for node in program.placeholders]
 
 
-def _exported(program: Program, precision: Precision, shapes: Shapes | None) -> Any:
-    module = lower_weights(program)
+def _exported(program: Program, precision: Precision, shapes: Shapes | None, threads: int) -> Any:
+    module = lower_weights(program, lambda graph: replace_binary(graph, threads))
     for node in list(module.graph.nodes):
         if node.target is DEQUANTIZE:
             _constant(module, node)
         elif node.target is FAKE_QUANTIZE:
             _spell_out(module.graph, node)
+        elif node.target is FAKE_LEVELS:
+            _spell_out_levels(module, node)
     if precision == "bf16":
         _halve(module.graph, program)
     module.graph.eliminate_dead_code()
@@ -196,6 +200,28 @@ def _spell_out(graph: fx.Graph, node: fx.Node) -> None:
         made = graph.call_function(aten.add.Tensor, (made, zero_point))
         made = graph.call_function(aten.clamp.default, (made, low, high))
         made = graph.call_function(aten.sub.Tensor, (made, zero_point))
+        made = graph.call_function(aten.mul.Tensor, (made, scale))
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _spell_out_levels(module: fx.GraphModule, node: fx.Node) -> None:
+    """The nearest of fixed levels in aten operators."""
+    aten, graph = torch.ops.aten, module.graph
+    arguments: Any = node.args
+    x, scale, axis, name = arguments
+    with graph.inserting_before(node):
+        if axis is not None:
+            shape = [1] * len(node.meta["shape"])
+            shape[axis] = -1
+            scale = graph.call_function(aten.reshape.default, (scale, shape))
+        tables = [
+            attribute(module, f"levels_{name}_{kind}", torch.tensor(values))
+            for kind, values in (("edges", levels.borders(name)), ("values", levels.values(name)))
+        ]
+        place = graph.call_function(aten.div.Tensor, (x, scale))
+        code = graph.call_function(aten.bucketize.Tensor, (place, tables[0]), {"right": True})
+        made = graph.call_function(aten.index.Tensor, (tables[1], [code]))
         made = graph.call_function(aten.mul.Tensor, (made, scale))
     node.replace_all_uses_with(made)
     graph.erase_node(node)
