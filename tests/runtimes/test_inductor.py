@@ -18,7 +18,7 @@ def test_what_cannot_be_done_is_said(residual, monkeypatch):
 
 
 def test_no_operator_of_ours_is_left_and_the_numbers_are_the_programs(quantized):
-    exported = _exported(quantized, "fp32", None)
+    exported = _exported(quantized, "fp32", None, 1)
     assert not [n for n in exported.graph.nodes if "laconic" in str(n.target)]
     x = torch.randn(3, 3, 16, 16)
     (given,) = exported.module()(x)
@@ -26,7 +26,7 @@ def test_no_operator_of_ours_is_left_and_the_numbers_are_the_programs(quantized)
 
 
 def test_bf16_computes_products_in_bf16_and_returns_fp32(residual):
-    exported = _exported(residual, "bf16", None)
+    exported = _exported(residual, "bf16", None, 1)
     heavy = [
         n for n in exported.graph.nodes if str(n.target).startswith(("aten.conv2d", "aten.linear"))
     ]
@@ -56,7 +56,7 @@ def test_a_package_is_the_program(residual, tmp_path):
 
 
 def test_a_fixed_size_is_fixed(residual):
-    exported = _exported(residual, "fp32", fixed_shapes(residual, 2))
+    exported = _exported(residual, "fp32", fixed_shapes(residual, 2), 1)
     (node,) = [n for n in exported.graph.nodes if n.name == "x"]
     assert tuple(node.meta["val"].shape) == (2, 3, 16, 16)
 
