@@ -4,12 +4,12 @@ For figures that are no `Result` of one job: scores, methods or settings on one 
 drawn as SVG, so that the page is a few kilobytes and needs no script.
 """
 
-import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_COLOURS = ("#8a94a6", "#0f8b8d", "#c8553d", "#b58a1b", "#5b5ea6")
+from laconic.reports._page import COLOURS, escaped, page
+
 _LEFT, _WIDTH, _RIGHT, _BAR, _GAP = 190, 700, 90, 11, 10
 
 
@@ -66,32 +66,17 @@ def write(comparison: Comparison, path: str | Path) -> Path:
 
 def render(comparison: Comparison) -> str:
     """The page as text."""
-    style = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
-    remarks = "".join(f"<li>{_e(line)}</li>" for line in comparison.remarks)
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{_e(comparison.title)}</title>'
-        f"<style>{style}</style></head><body><main><h1>{_e(comparison.title)}</h1>"
-        f'<p class="verdict">{_e(comparison.verdict)}</p>'
-        f"<section><h2>Chart</h2>{_chart(comparison)}</section>"
-        f"<section><h2>Table</h2>{_table(comparison)}</section>"
-        f"<section><h2>How it was measured</h2><ul>{remarks}</ul></section>"
-        "</main></body></html>\n"
-    )
-
-
-def _e(value: object) -> str:
-    return html.escape(str(value))
+    parts = {"Chart": _chart(comparison), "Table": _table(comparison)}
+    return page(comparison.title, comparison.verdict, parts, comparison.remarks)
 
 
 def _table(comparison: Comparison) -> str:
-    head = "".join(f"<th class=n>{_e(name)} ({_e(comparison.unit)})</th>"
+    head = "".join(f"<th class=n>{escaped(name)} ({escaped(comparison.unit)})</th>"
                    for name in comparison.series)  # fmt: skip
     lines = "".join(
-        f"<tr><td><b>{_e(entry.name)}</b></td>"
-        + "".join(f"<td class=n>{_e(_shown(entry, name))}</td>" for name in comparison.series)
-        + f"<td{' class=no' if entry.good is False else ''}>{_e(entry.note)}</td></tr>"
+        f"<tr><td><b>{escaped(entry.name)}</b></td>"
+        + "".join(f"<td class=n>{escaped(_shown(entry, name))}</td>" for name in comparison.series)
+        + f"<td{' class=no' if entry.good is False else ''}>{escaped(entry.note)}</td></tr>"
         for entry in comparison.entries
     )
     return f"<table><thead><tr><th></th>{head}<th></th></tr></thead><tbody>{lines}</tbody></table>"
@@ -116,13 +101,13 @@ def _chart(comparison: Comparison) -> str:
         y = 30 + row * block
         middle = y + (block - _GAP) / 2 + 4
         shapes.append(f'<text x="{_LEFT - 8}" y="{middle}" text-anchor="end">'
-                      f"{_e(entry.name)}</text>")  # fmt: skip
+                      f"{escaped(entry.name)}</text>")  # fmt: skip
         for place, series in enumerate(comparison.series):
             if series in entry.values:
-                colour = _COLOURS[place % len(_COLOURS)]
+                colour = COLOURS[place % len(COLOURS)]
                 shapes.append(_bar(entry, series, y + place * _BAR, top, colour))
     box = f"0 0 {_LEFT + _WIDTH + _RIGHT} {height}"
-    label = _e(comparison.title)
+    label = escaped(comparison.title)
     font = 'font-family="system-ui,sans-serif" font-size="12"'
     head = f'<svg viewBox="{box}" width="100%" role="img" aria-label="{label}" {font}>'
     return f"{head}{''.join(shapes)}</svg>"
@@ -134,8 +119,8 @@ def _bar(entry: Entry, series: str, y: float, top: float, colour: str) -> str:
 
     value = entry.values[series]
     low, high = entry.spread.get(series, (value, value))
-    shown = _e(_shown(entry, series))
-    title = f"<title>{_e(entry.name)}, {_e(series)}: {shown}</title>"
+    shown = escaped(_shown(entry, series))
+    title = f"<title>{escaped(entry.name)}, {escaped(series)}: {shown}</title>"
     made = (f'<rect x="{_LEFT}" y="{y}" width="{at(value) - _LEFT:.1f}" height="{_BAR - 2}" '
             f'fill="{colour}">{title}</rect>')  # fmt: skip
     if high > low:
@@ -148,8 +133,8 @@ def _bar(entry: Entry, series: str, y: float, top: float, colour: str) -> str:
 def _legend(series: Sequence[str]) -> str:
     made, x = "", float(_LEFT)
     for place, name in enumerate(series):
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         made += f'<rect x="{x}" y="4" width="12" height="12" fill="{colour}"/>'
-        made += f'<text x="{x + 16}" y="14">{_e(name)}</text>'
+        made += f'<text x="{x + 16}" y="14">{escaped(name)}</text>'
         x += 36 + 7 * len(name)
     return made
