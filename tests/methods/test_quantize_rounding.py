@@ -1,0 +1,242 @@
+"""Rounding after training: quantize.gptq, quantize.hqq and quantize.round on networks.
+
+What they share: grids, bits at either end, what happens to odd layers and odd data.
+"""
+
+import pytest
+import torch
+from torch import nn
+
+from laconic.core.errors import DataError, RecipeError
+from laconic.methods.base import Context, method_class
+from laconic.program.capture import capture
+from laconic.program.freezing import form_of, freeze
+from laconic.program.sites import Sites
+from laconic.testing import zoo
+from laconic.testing.contracts import own_outputs
+
+METHODS = ["quantize.gptq", "quantize.hqq", "quantize.round"]
+
+
+class Net(nn.Module):
+    """A residual block with batch norm between two other layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, 1, 1)
+        self.one, self.two = nn.Conv2d(8, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1, groups=2)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.two(torch.relu(self.norm(self.one(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def setting():
+    torch.manual_seed(0)
+    module = Net().eval()
+    program = capture(module, (torch.randn(16, 3, 8, 8),))
+    return program, Context(task=own_outputs(program), original=program)
+
+
+def apply(method, setting, sites=(), **options):
+    program, context = setting
+    made = method_class(method)
+    return made(**{**made.quick, **options}).apply(
+        program, Sites(sites) if sites else Sites(), context
+    )
+
+
+def codes(program, name):
+    return form_of(program, name).codes
+
+
+def drift(setting, program):
+    original, context = setting
+    with torch.no_grad():
+        pairs = [(program(**x), original(**x)) for x, _ in context.task.train]
+    return sum(float((a - b).square().sum()) for a, b in pairs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("group", [None, 9])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_weights_lie_on_grids_of_the_bits_asked_for(method, setting, group, symmetric):
+    made = apply(method, setting, bits=3, group=group, symmetric=symmetric).program
+    for name in ("stem", "one", "two", "head"):
+        form = form_of(made, f"{name}.weight")
+        bits = 8 if name in ("stem", "head") else 3
+        assert form.qmax - form.qmin == 2**bits - 1 - symmetric
+        assert torch.equal(form.decode(), made.tensor(f"{name}.weight"))
+        grouped = group is not None and name != "head"
+        assert form.scale.ndim == (2 if grouped else 1)
+    frozen = freeze(made)
+    with torch.no_grad():
+        x = frozen.example
+        assert torch.equal(frozen.run_flat(*x)[0], made.run_flat(*x)[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_ends_can_have_the_bits_of_all(method, setting):
+    outcome = apply(method, setting, bits=2, first_last=None)
+    for name in ("stem", "one", "two", "head"):
+        assert form_of(outcome.program, f"{name}.weight").qmax == 1
+    assert 2 < outcome.figures["effective_bits"] < 5  # a scale for 8 to 72 weights
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_that_does_not_divide_is_noted(method, setting):
+    outcome = apply(method, setting, group=36)
+    assert form_of(outcome.program, "one.weight").scale.shape == (8, 2)
+    assert form_of(outcome.program, "stem.weight").scale.shape == (8,)
+    assert any(note.startswith("stem.weight: one scale a channel") for note in outcome.notes)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_the_chosen_weights_move(method, setting):
+    made = apply(method, setting, sites=("one.weight",), bits=2).program
+    assert form_of(made, "one.weight").qmax == 1
+    for name in ("stem.weight", "two.weight", "head.weight"):
+        assert torch.equal(made.tensor(name), setting[0].tensor(name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_frozen_weights_are_codes(method, setting):
+    loose, fixed = (apply(method, setting, bits=4, freeze=f) for f in (False, True))
+    assert fixed.program.tensor("one.weight").dtype == torch.int8
+    assert torch.equal(codes(loose.program, "one.weight"), codes(fixed.program, "one.weight"))
+    assert loose.figures["effective_bits"] == fixed.figures["effective_bits"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [0, 1, 17])
+def test_bits_out_of_range_are_refused(method, bits):
+    with pytest.raises(ValueError, match="bits"):
+        method_class(method)(bits=bits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_are_not_finite_are_refused(method, setting):
+    program, context = setting
+    broken = program.clone()
+    weight = broken.tensor("two.weight").detach().clone()
+    weight[0, 0, 0, 0] = float("nan")
+    broken.set_tensor("two.weight", weight)
+    with pytest.raises(DataError, match=r"two\.weight: 1 of 288 weights are NaN"):
+        apply(method, (broken, context))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outliers_that_leave_no_other_code_keep_their_weight_float(method, setting):
+    program, context = setting
+    broken = program.clone()
+    weight = broken.tensor("one.weight").detach().clone()
+    weight[:, 0, 0, 0] = 1e30
+    broken.set_tensor("one.weight", weight)
+    broken.set_tensor("norm.weight", torch.full((8,), 1e-30))
+    outcome = apply(method, (broken, context), weight_range="minmax", bits=4)
+    left = form_of(outcome.program, "one.weight")
+    share = 8 / weight.numel()
+    assert share > 1e-3  # the outliers themselves are codes: the grid is of use to them
+    assert bool(torch.isfinite(left.decode()).all())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zeros_of_a_pruned_network_stay(method, setting):
+    program, context = setting
+    sparse = method_class("prune.magnitude")(ratio=0.6).apply(program, Sites(), context).program
+    zeros = {n: sparse.tensor(n) == 0 for n in ("one.weight", "two.weight")}
+    made = apply(method, (sparse, context), bits=3).program
+    for name, gone in zeros.items():
+        assert bool(gone.any())
+        assert not bool(made.tensor(name)[gone].any())
+
+
+@pytest.mark.parametrize("method", ["quantize.gptq", "quantize.round"])
+def test_better_than_nearest(method, setting):
+    options = {"steps": 60, "batch": 16} if method == "quantize.round" else {}
+    nearest = apply("quantize.hqq", setting, bits=3, rounds=0, bias_correction="none")
+    made = apply(method, setting, bits=3, samples=64, **options)
+    assert drift(setting, made.program) < 0.5 * drift(setting, nearest.program)
+
+
+@pytest.mark.parametrize("method", ["quantize.gptq", "quantize.round"])
+def test_constant_data_are_noted(method, setting):
+    program, context = setting
+    batch = {next(iter(program.signature.arguments)): torch.zeros(16, 3, 8, 8)}
+    task = context.task.__class__(
+        loss=context.task.loss, metric=context.task.metric, train=[(batch, torch.zeros(16, 4))]
+    )
+    outcome = apply(method, (program, Context(task=task, original=program)), bits=3)
+    assert any("constant" in note for note in outcome.notes)
+    assert form_of(outcome.program, "one.weight").qmax == 3
+
+
+@pytest.mark.parametrize("method", ["quantize.gptq", "quantize.round"])
+def test_data_that_are_not_finite_are_refused(method, setting):
+    program, context = setting
+    batch = {next(iter(program.signature.arguments)): torch.full((4, 3, 8, 8), float("nan"))}
+    task = context.task.__class__(
+        loss=context.task.loss, metric=context.task.metric, train=[(batch, torch.zeros(4, 4))]
+    )
+    with pytest.raises(DataError, match="NaN or infinite"):
+        apply(method, (program, Context(task=task, original=program)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sites_that_match_nothing_name_the_nearest(method, setting):
+    with pytest.raises(RecipeError, match=r"one\.weight"):
+        apply(method, setting, sites=("one.weigth",))
+
+
+def test_gptq_as_published_leaves_biases_alone(setting):
+    made = apply("quantize.gptq", setting, bits=3, refit=False, passes=0).program
+    folded = apply("quantize.hqq", setting, bits=3, bias_correction="none").program
+    for name in ("stem.bias", "one.bias", "head.bias"):
+        assert torch.equal(made.tensor(name), folded.tensor(name))
+
+
+def test_gptq_with_fewer_samples_than_columns_says_so():
+    torch.manual_seed(0)
+    program = capture(nn.Sequential(nn.Linear(40, 6), nn.ReLU(), nn.Linear(6, 3)).eval(),
+                      (torch.randn(4, 40),))  # fmt: skip
+    held = (program, Context(task=own_outputs(program), original=program))
+    outcome = apply("quantize.gptq", held, samples=8, first_last=None)
+    assert any("8 calibration rows for 40 columns" in note for note in outcome.notes)
+
+
+@pytest.mark.parametrize("kind", ["analytic", "empirical"])
+def test_corrected_biases_bring_the_mean_outputs_back(setting, kind):
+    def shift(program):
+        original, context = setting
+        with torch.no_grad():
+            means = [(program(**x) - original(**x)).mean(0) for x, _ in context.task.train]
+        return float(torch.stack(means).mean(0).abs().sum())
+
+    plain, corrected = (
+        apply("quantize.hqq", setting, bits=2, samples=64, bias_correction=way).program
+        for way in ("none", kind)
+    )
+    assert shift(corrected) < (0.5 if kind == "empirical" else 1) * shift(plain)
+
+
+def test_round_without_steps_of_scales_keeps_them(setting):
+    nearest = apply("quantize.hqq", setting, bits=3, rounds=0, bias_correction="none").program
+    made = apply("quantize.round", setting, bits=3, reach=0.5, scales=False, biases=False,
+                 steps=20).program  # fmt: skip
+    for name in ("one.weight", "two.weight"):
+        one, other = form_of(made, name), form_of(nearest, name)
+        assert torch.equal(one.scale, other.scale)
+        assert int((one.codes.int() - other.codes.int()).abs().max()) == 1
+    assert torch.equal(made.tensor("one.bias"), nearest.tensor("one.bias"))
+
+
+def test_round_leaves_weights_that_several_layers_read_to_nearest():
+    module, inputs = zoo.make("tied_autoencoder")
+    program = capture(module, inputs)
+    held = (program, Context(task=own_outputs(program), original=program))
+    outcome = apply("quantize.round", held, first_last=None)
+    assert any("rounded to nearest" in note for note in outcome.notes)
