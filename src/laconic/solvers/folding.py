@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from laconic.program.program import FAKE_QUANTIZE, Program
+from laconic.forms import levels
+from laconic.program.program import FAKE_LEVELS, FAKE_QUANTIZE, Program
 
 _CONVOLUTIONS = {
     torch.ops.aten.conv1d.default: 1,
@@ -177,34 +178,48 @@ def _along_outputs(layer: fx.Node, scale: Tensor, weight: Tensor) -> Tensor:
 def _on_grid(program: Program, layer: fx.Node, scale: Tensor) -> tuple[str | None, fx.Node | None]:
     """A layer's float weight behind a grid that can take `scale`: its name and the grid's node."""
     node: Any = layer.args[1]
-    if not isinstance(node, fx.Node) or node.target is not FAKE_QUANTIZE or len(node.users) > 1:
+    if not isinstance(node, fx.Node) or node.target not in (FAKE_QUANTIZE, FAKE_LEVELS):
         return None, None
-    if _is_transposed(layer) or node.args[3] not in (None, 0):
+    axis = node.args[3 if node.target is FAKE_QUANTIZE else 2]
+    if len(node.users) > 1 or _is_transposed(layer) or axis not in (None, 0):
         return None, None
     weight = _owned(program, node, 0)
     if weight is None or _owned(program, node, 1) is None:
         return None, None
-    zero = _stored(program, node.args[2])
-    symmetric = node.args[4] == -node.args[5] and zero is not None and not bool(zero.any())  # type: ignore[operator]
-    return (weight, node) if symmetric or bool((scale >= 0).all()) else (None, None)
+    fits = _is_symmetric(program, node) or bool((scale >= 0).all())
+    return (weight, node) if fits else (None, None)
+
+
+def _is_symmetric(program: Program, node: fx.Node) -> bool:
+    """Whether every value of a grid has its negative on it."""
+    if node.target is FAKE_LEVELS:
+        held = levels.values(str(node.args[3]))
+        return [-value for value in reversed(held)] == list(held)
+    zero, ends = _stored(program, node.args[2]), [float(str(end)) for end in node.args[4:6]]
+    return sum(ends) == 0 and zero is not None and not bool(zero.any())
 
 
 def _scale_grid(program: Program, node: fx.Node, scale: Tensor) -> Tensor:
     """Give each output channel the scale that keeps its codes; returns what the weight takes.
 
-    A channel whose factor is too small for a scale becomes zeros.
+    A channel whose factor is too small for a scale becomes zeros; levels without a zero take the
+    smallest scale there is.
     """
-    sides: Any = node.args[1:3]
-    held, zero = (program.tensor(str(side.target)).detach() for side in sides)
+    uniform = node.target is FAKE_QUANTIZE
+    sides: Any = node.args[1 : 3 if uniform else 2]
+    held = program.tensor(str(sides[0].target)).detach()
     factors = scale.abs().to(held.device)
     made = held.double() * factors.reshape(-1, *[1] * max(held.ndim - 1, 0))
-    alive = (made >= torch.finfo(torch.float32).tiny).reshape(len(factors), -1).all(1)
-    made = torch.where(alive.reshape(-1, *[1] * (made.ndim - 1)), made, held.double())
-    program.set_tensor(str(sides[0].target), made.to(held.dtype))
-    program.set_tensor(str(sides[1].target), zero.expand(made.shape).clone())
+    tiny = torch.finfo(torch.float32).tiny
+    alive = (made >= tiny).reshape(len(factors), -1).all(1)
+    if uniform:
+        made = torch.where(alive.reshape(-1, *[1] * (made.ndim - 1)), made, held.double())
+        zero = program.tensor(str(sides[1].target)).detach()
+        program.set_tensor(str(sides[1].target), zero.expand(made.shape).clone())
+    program.set_tensor(str(sides[0].target), made.clamp(min=tiny).to(held.dtype))
     for side in sides:
         side.meta["shape"] = tuple(made.shape)
-    node.update_arg(3, 0)
+    node.update_arg(3 if uniform else 2, 0)
     return torch.where(alive, scale, torch.zeros_like(scale))
 
 
