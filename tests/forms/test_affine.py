@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from laconic import forms
+from laconic.core.errors import StorageError
 from laconic.forms import affine
 from laconic.forms._sides import spread
 from laconic.forms.affine import Affine
@@ -20,17 +21,21 @@ scales = st.floats(2.0**-40, 2.0**40, allow_nan=False, width=32)
 
 @st.composite
 def codes_on_a_grid(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int | None, int, int]:
-    """(codes, scale, zero point, axis, qmin, qmax) of any rank up to three."""
+    """(codes, scale, zero point, axis, qmin, qmax) of any rank up to three, any granularity."""
     qmin, qmax = draw(st.sampled_from(GRIDS))
-    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    shape = draw(st.lists(st.integers(0, 4), min_size=1, max_size=3))
     count = math.prod(shape)
     values = draw(st.lists(st.integers(qmin, qmax), min_size=count, max_size=count))
     axis = draw(st.sampled_from([None, *range(len(shape))]))
-    n = 1 if axis is None else shape[axis]
-    scale = torch.tensor(draw(st.lists(scales, min_size=n, max_size=n)))
+    side: tuple[int, ...] = ()
+    if axis is not None:
+        rest = math.prod(size for place, size in enumerate(shape) if place != axis)
+        runs = [g for g in range(1, rest + 1) if rest % g == 0]
+        side = draw(st.sampled_from([(shape[axis],), *((shape[axis], g) for g in runs)]))
+    n = math.prod(side)
+    scale = torch.tensor(draw(st.lists(scales, min_size=n, max_size=n))).reshape(side)
     zero = torch.tensor(draw(st.lists(st.integers(qmin, qmax), min_size=n, max_size=n)))
-    if axis is None:
-        scale, zero = scale.reshape(()), zero.reshape(())
+    zero = zero.reshape(side)
     return torch.tensor(values).reshape(shape), scale, zero.int(), axis, qmin, qmax
 
 
@@ -115,6 +120,46 @@ def test_gradient_of_the_input_is_straight_through_inside_the_range(
     inside = numeric_gradient(x.detach(), scale, zeros, axis, qmin, qmax)
     assert 0 < inside.sum() < inside.numel()
     assert torch.equal(x.grad, upstream * inside)
+
+
+@pytest.mark.parametrize(("axis", "runs"), [(0, 3), (1, 2), (2, 20), (0, 12), (0, 1)])
+def test_gradients_of_runs_are_those_of_each_run_by_itself(axis, runs, generator):
+    x = torch.randn(5, 4, 3, generator=generator).mul(2).transpose(1, 2).contiguous()
+    x = x.transpose(1, 2).requires_grad_()  # [5, 4, 3], not in its own order in memory
+    n = x.shape[axis]
+    runs = math.gcd(runs, x.numel() // n)
+    scale = ((torch.rand(n, runs, generator=generator) + 0.5) / 3).requires_grad_()
+    zero = torch.randint(-2, 3, (n, runs), dtype=torch.int32, generator=generator)
+    upstream = torch.randn(x.shape, generator=generator)
+    out = fake_quantize(x, scale, zero, axis, -4, 3)
+    out.backward(upstream)
+
+    def rows(t: Tensor) -> Tensor:
+        return t.detach().movedim(axis, 0).reshape(n * runs, -1)
+
+    # the same as one scale for each row of the runs below each other
+    one = rows(x).clone().requires_grad_()
+    flat = scale.detach().reshape(-1).clone().requires_grad_()
+    wanted = fake_quantize(one, flat, zero.reshape(-1), 0, -4, 3)
+    wanted.backward(rows(upstream))
+    assert torch.equal(rows(out), wanted)
+    assert torch.equal(rows(x.grad), one.grad)
+    assert torch.allclose(scale.grad.reshape(-1), flat.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_has_no_code(bad):
+    with pytest.raises(StorageError, match="NaN or infinite"):
+        affine.encode(torch.tensor([1.0, bad]), torch.tensor(1.0), torch.tensor(0), None, -7, 7)
+
+
+@pytest.mark.parametrize("side", [(3,), (4, 5), (2, 4, 1)])
+def test_scales_that_do_not_fit_are_refused(side):
+    zero = torch.zeros(side, dtype=torch.int32)
+    with pytest.raises((ValueError, RuntimeError)):
+        fake_quantize(torch.ones(4, 6), torch.ones(side), zero, 0, -7, 7)
+    with pytest.raises((ValueError, RuntimeError)):
+        dequantize(torch.ones(4, 6, dtype=torch.int8), torch.ones(side), zero, 0)
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
