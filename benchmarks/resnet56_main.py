@@ -50,7 +50,7 @@ TORCH_PRUNING = ("taylor", "l2", "l1", "fpgm", "bn_scale", "lamp", "hessian")
 class Job:
     """The original, its data and its task."""
 
-    samples = CALIBRATION
+    samples, batch = CALIBRATION, 128
 
     def __init__(self, args: Namespace, bench: Bench) -> None:
         self.args, self.bench, self.quick = args, bench, args.quick
@@ -80,7 +80,7 @@ class Job:
         """Augmented training images, calibration images without labels, validation rows."""
         train = cifar10("train")
         return classification(
-            train=Augmented(train[:512] if self.quick else train, 128, seed=0),
+            train=Augmented(train[:512] if self.quick else train, self.batch, seed=0),
             calibration=self.calibration,
             validation=list(self.batches("validation")),
         )
