@@ -71,11 +71,16 @@ def _balance(program: Program, region: Region) -> float:
         common = (written * own * read).pow(1 / 3)
         before = torch.where(alive, written / common, torch.ones_like(read))
         behind = torch.where(alive, common / read, torch.ones_like(read))
-    _apply(program, region, before, behind)
+    scale(program, region, before, behind)
     return float(torch.stack([before, behind]).log().abs().max())
 
 
-def _apply(program: Program, region: Region, before: Tensor, behind: Tensor) -> None:
+def scale(program: Program, region: Region, before: Tensor, behind: Tensor) -> None:
+    """Divide the rows that write each channel, multiply the columns that read it.
+
+    before, behind: positive, float64 `[channels]`; they differ only where a filter that all pass
+    stands between.
+    """
     group = region.group
     for writer in region.writers:
         layer, index = writer.layer, group.index(writer.member)

@@ -44,7 +44,7 @@ def smooth(
     Returns:
         Names of the nodes whose values were smoothed.
     """
-    groups = _groups(sites)
+    groups = linear_readers(sites)
     found = collect(
         program,
         batches,
@@ -69,7 +69,7 @@ def smooth(
     return smoothed
 
 
-def _groups(sites: Sequence[WeightSite]) -> dict[fx.Node, list[tuple[fx.Node, WeightSite]]]:
+def linear_readers(sites: Sequence[WeightSite]) -> dict[fx.Node, list[tuple[fx.Node, WeightSite]]]:
     """Tensor → the linear layers that read it; only weights with one such operator."""
     found: dict[fx.Node, list[tuple[fx.Node, WeightSite]]] = {}
     for site in sites:
@@ -111,7 +111,7 @@ def _factors(
 def _divide(program: Program, node: fx.Node, users: Sequence[fx.Node], factors: Tensor) -> None:
     """Divide the last axis of `node` by `factors`, for `users` only."""
     own = all(user in users for user in node.users)
-    if own and base_name(node) == "layer_norm" and _scale_norm(program, node, factors):
+    if own and base_name(node) == "layer_norm" and scale_norm(program, node, factors):
         return
     dtype = node.meta["dtype"]
     device = next(iter(program.state_dict().values())).device
@@ -127,7 +127,7 @@ def _divide(program: Program, node: fx.Node, users: Sequence[fx.Node], factors: 
         user.replace_input_with(node, made)
 
 
-def _scale_norm(program: Program, node: fx.Node, factors: Tensor) -> bool:
+def scale_norm(program: Program, node: fx.Node, factors: Tensor) -> bool:
     """Put the division into a layer norm's weight and bias; False where they are not its own."""
     sides: list[str] = []
     for side in node.args[2:4]:

@@ -82,11 +82,7 @@ class Rounding:
         )
 
     def settle(self, site: WeightSite, weight: Tensor, grid: Grid) -> None:
-        """Give a site its values, which lie on `grid`; the node is put in by `close`.
-
-        A grid that outliers have stretched until nearly all weights are zero is refused: the weight
-        stays float.
-        """
+        """Give a site its values, which lie on `grid`; the node is put in by `close`."""
         old = self.program.tensor(site.name)
         self.program.set_tensor(site.name, weight.detach().to(old))
         self.grids[site.name] = grid
@@ -95,12 +91,16 @@ class Rounding:
         """The chosen weights that have not been settled."""
         return [site for site in self.sites if site.name not in self.grids]
 
-    def close(self) -> Program:
-        """Round to nearest what is left, put the nodes in; the finished program."""
+    def settle_rest(self) -> None:
+        """Round to nearest what has not been settled."""
         for site in self.open_sites():
             weight = self.program.tensor(site.name).detach()
             grid = self.grid(site, weight)
             self.settle(site, ranges.on_grid(weight, site.axis, grid), grid)
+
+    def close(self) -> Program:
+        """Round to nearest what is left, put the nodes in; the finished program."""
+        self.settle_rest()
         for site in self.sites:
             insertion.quantize_weight(self.program, site, site.axis, self.grids[site.name])
         made = self.program
