@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from laconic import runtimes, storage
@@ -282,6 +283,8 @@ def test_sites_first_and_last_and_what_cannot_be(program, task):
     assert signs(whole) == (5, 5)
     with pytest.raises(RecipeError, match="down"):
         apply(program, task, sites="donw")
+    with pytest.raises(ValidationError, match="compile"):
+        QuantizeBinary(compile=True)
     lone = apply(program, task, sites="stem")
     assert any("no weight is left" in note for note in lone.notes)
     broken = [(torch.full((8, 3, 8, 8), float("nan")), torch.zeros(8, dtype=torch.long))]

@@ -18,9 +18,9 @@ Cost: that of the training, and for binary activations half as much again; one p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.methods.base import Context, Method, Outcome
@@ -76,6 +76,12 @@ class QuantizeBinary(Learning, Method):
     samples: int = Field(default=256, ge=1)
     fold: bool = True
     freeze: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.compile and self.activations and self.first:
+            raise ValueError("two steps change the graph while it trains: compile needs first: 0")
+        return self
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Put signs into a copy and train it with them; the input stays as it was.
