@@ -215,6 +215,20 @@ def on_grid(weight: Tensor, axis: int | None, chosen: Grid) -> Tensor:
     return affine.decode(codes, chosen.scale, chosen.zero_point, axis).to(weight.dtype)
 
 
+def stretched(weight: Tensor, axis: int | None, scale: Tensor, step: float = 1.0) -> int:
+    """How many scales an outlier stretches until its neighbours are lost, even to a float32 sum.
+
+    There half of the weights that are not zero are below a millionth of the step, `scale * step`.
+    """
+    size = affine.slice_size(weight.shape, axis) if axis is not None else weight.numel()
+    group = size // max(scale.shape[1], 1) if scale.ndim == 2 else None
+    rows, _ = _rows(weight, axis, group)
+    if not rows.numel():
+        return 0
+    typical = torch.where(rows == 0, torch.nan, rows.abs()).nanmedian(1).values
+    return int((typical < scale.double().reshape(-1) * step * 1e-6).sum())
+
+
 def level_scale(
     weight: Tensor,
     axis: int | None,
