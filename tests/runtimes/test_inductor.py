@@ -1,5 +1,7 @@
 """AOTInductor packages give the Program's numbers and refuse what they were not built for."""
 
+import zipfile
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ INDUCTOR = get("inductor")
 
 
 def test_what_cannot_be_done_is_said(residual, monkeypatch):
-    assert "int8" in INDUCTOR.check(residual, "int8")[0]
+    assert "quantisation" in INDUCTOR.check(residual, "int8")[0]
     monkeypatch.setattr("laconic.runtimes.inductor.shutil.which", lambda name: None)
     assert "compiler" in INDUCTOR.check(residual)[0]
 
@@ -53,6 +55,40 @@ def test_a_package_is_the_program(residual, tmp_path):
         INDUCTOR.load(path, "fp32", 3)
     with pytest.raises(ExportError, match="precision"):
         INDUCTOR.load(path, "bf16", 1)
+
+
+def test_int8_stands_in_the_words_that_become_integer_kernels(quantized):
+    exported = _exported(quantized, "int8", None, 1)
+    x = torch.randn(3, 3, 16, 16)
+    (given,) = exported.module()(x)
+    assert torch.equal(given, quantized(x))
+    named = [str(n.target).split(".")[1] for n in exported.graph.nodes if "." in str(n.target)]
+    assert not [n for n in exported.graph.nodes if "laconic" in str(n.target)]
+    readers = {"conv2d", "linear"}
+    heavy = [n for n in exported.graph.nodes if str(n.target).split(".")[1:2] and
+             str(n.target).split(".")[1] in readers]  # fmt: skip
+    assert named.count("dequantize_per_channel") == len(heavy)
+    assert named.count("quantize_per_tensor") == named.count("dequantize_per_tensor") > 0
+
+
+def test_without_the_instructions_int8_is_refused(quantized, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert "VNNI" in INDUCTOR.check(quantized, "int8")[-1]
+
+
+@pytest.mark.slow
+def test_an_int8_package_runs_on_integer_kernels(quantized, tmp_path):
+    if INDUCTOR.check(quantized, "int8"):
+        pytest.skip(INDUCTOR.check(quantized, "int8")[0])
+    path = INDUCTOR.write(quantized, tmp_path / "m.pt2", "int8", 1)
+    with zipfile.ZipFile(path) as package:
+        wrappers = [n for n in package.namelist() if n.endswith(".wrapper.cpp")]
+        code = "".join(package.read(name).decode() for name in wrappers)
+    assert "aoti_torch_cpu__qconv" in code
+    runner = INDUCTOR.load(path, "int8", 1)
+    batches = [(torch.randn(n, 3, 16, 16),) for n in (1, 5)]
+    report = parity(quantized, runner.run, batches, precision="int8")
+    assert report.ok, report.failures
 
 
 def test_a_fixed_size_is_fixed(residual):

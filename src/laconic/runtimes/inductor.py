@@ -1,10 +1,11 @@
 """Inductor: the Program compiled ahead of time to machine code in a torch package (.pt2).
 
-For staying inside torch, and for operators that ONNX lacks. fp32 and bf16 (autocast; weights are
-stored in 16 bits). Quantisation nodes are computed in float: the numbers are right, the speed is
-that of fp32; layers whose weights and inputs are signs run on a kernel of ours. A package holds one
-thread count and one batch size, or any batch at some cost in speed; building needs a C++ compiler
-and takes about ten seconds for a small network.
+For staying inside torch, and for operators that ONNX lacks. fp32, bf16 (autocast; weights are
+stored in 16 bits) and int8: convolutions and linear layers between quantisation nodes run on
+oneDNN's integer kernels, the rest in fp32. In fp32 and bf16 quantisation nodes are computed in
+float. Layers whose weights and inputs are signs run on a kernel of ours. A package holds one thread
+count and one batch size, or any batch at some cost in speed; building needs a C++ compiler and
+takes about ten seconds for a small network.
 """
 
 import json
@@ -22,9 +23,11 @@ from torch import fx
 
 from laconic.core.errors import ExportError, first_line
 from laconic.forms import affine, levels
-from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, Program
+from laconic.program.program import DEQUANTIZE, DYNAMIC_QUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, Program
 from laconic.runtimes._binary_graph import replace_binary
 from laconic.runtimes._export import attribute, export, fetch, is_tensor, lower_weights
+from laconic.runtimes._inductor_int8 import missing, spell_activation, spell_weight
+from laconic.runtimes._inductor_range import spell_out_range
 from laconic.runtimes.base import (
     Array,
     Precision,
@@ -42,12 +45,12 @@ class Inductor(Runtime):
 
     name: ClassVar[str] = "inductor"
     suffix: ClassVar[str] = ".pt2"
-    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16")
+    precisions: ClassVar[tuple[Precision, ...]] = ("fp32", "bf16", "int8")
 
     def check(self, program: Program, precision: Precision = "fp32") -> list[str]:
-        if precision == "int8":
-            return ["has no int8 kernels here; a quantised program runs in float (fp32 or bf16)"]
         found = check_precision(self, program, precision)
+        if precision == "int8" and missing():
+            found.append(missing())
         compiler = os.environ.get("CXX", "g++")
         if not any(shutil.which(name) for name in (compiler, "g++", "clang++", "cl")):
             found.append("building needs a C++ compiler (g++ or clang++), and none is installed")
@@ -66,7 +69,7 @@ class Inductor(Runtime):
         Args:
             program: what to compile.
             path: the package, .pt2.
-            precision: fp32, or bf16.
+            precision: fp32, bf16, or int8.
             threads: the thread count compiled in; None means all cores. Loading with another
                 count is refused, because the code would be slow.
             shapes: fixed input shapes, for faster code; None keeps dynamic dimensions dynamic.
@@ -154,11 +157,15 @@ def _exported(program: Program, precision: Precision, shapes: Shapes | None, thr
     module = lower_weights(program, lambda graph: replace_binary(graph, threads))
     for node in list(module.graph.nodes):
         if node.target is DEQUANTIZE:
-            _constant(module, node)
+            if precision != "int8" or not spell_weight(module, node):
+                _constant(module, node)
         elif node.target is FAKE_QUANTIZE:
-            _spell_out(module.graph, node)
+            if precision != "int8" or not spell_activation(module, node):
+                _spell_out(module.graph, node)
         elif node.target is FAKE_LEVELS:
             _spell_out_levels(module, node)
+        elif node.target is DYNAMIC_QUANTIZE:
+            spell_out_range(module.graph, node)
     if precision == "bf16":
         _halve(module.graph, program)
     module.graph.eliminate_dead_code()
