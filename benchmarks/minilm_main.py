@@ -1,7 +1,7 @@
 """MiniLM sentence embeddings: half the feed-forward width and a third of the heads, then int8.
 
 Rows: `nncf` (the peer: the original in int8, calibrated on 300 SST-2 training sentences), the job
-(`prune`, `recover`, `refine`, `int8`, and `trained`: on with its integers), `test` (cosine to the
+(`prune`, `recover`, `int8`, and `trained`: on with its integers), `test` (cosine to the
 original's embeddings over the SST-2 test sentences) and `latency` (batch 1 and 32, 128 tokens,
 interleaved in one run). Choices are made on SST-2 dev sentences. Calibration and recovery read
 plain text cut anew every pass from WikiText-2, tiny Shakespeare and SST-2 training sentences (see
@@ -43,10 +43,9 @@ RECOVER: dict[str, Any] = {
     "method": "distill.logits", "sites": ["*", "!*embeddings*"], "steps": 5000, "lr": 1e-3,
     "features": 4.0, "nodes": LAYERS,
 }  # fmt: skip
-# Once the layers give what they gave, the embedding itself counts for more.
-REFINE = RECOVER | {"steps": 2500, "lr": 5e-4, "features": 2.0}
 QUANTIZE: dict[str, Any] = {"method": "quantize.static"}
-TRAIN_INT8 = REFINE | {"steps": 2400, "lr": 5e-4, "features": 1.0}
+# Once the layers give what they gave, the embedding itself counts for more.
+TRAIN_INT8 = RECOVER | {"steps": 1500, "lr": 5e-4, "features": 1.0}
 CALIBRATION = 50  # batches of 64 texts; few or only sentences cost the pruned model other text
 
 Batch = dict[str, Tensor]
@@ -61,10 +60,9 @@ class Job:
         self.stages = Stages(bench, "minilm_main")
         self.prune = PRUNE | ({"samples": 24, "importance": "l2"} if self.quick else {})
         self.recover = RECOVER | ({"steps": 3} if self.quick else {})
-        self.refine = REFINE | ({"steps": 3} if self.quick else {})
         self.quantize = QUANTIZE | ({"samples": 8} if self.quick else {})
         self.train_int8 = TRAIN_INT8 | ({"steps": 3} if self.quick else {})
-        self.recipe = [self.prune, self.recover, self.refine, self.quantize, self.train_int8]
+        self.recipe = [self.prune, self.recover, self.quantize, self.train_int8]
 
     @cached_property
     def model(self) -> models.Embedder:
@@ -179,10 +177,8 @@ def stage_rows(job: Job) -> dict[str, Row]:
                      steps=job.recipe[:1], seed=seed),
         "recover": row("recover", after("prune", job.recover), measured,
                        steps=job.recipe[:2], seed=seed),
-        "refine": row("refine", after("recover", job.refine), measured,
-                      steps=job.recipe[:3], seed=seed),
-        "int8": row("int8", after("refine", job.quantize), lambda made: deployed(made, "int8"),
-                    steps=job.recipe[:4], seed=seed),
+        "int8": row("int8", after("recover", job.quantize), lambda made: deployed(made, "int8"),
+                    steps=job.recipe[:3], seed=seed),
         "trained": row("trained", after("int8", job.train_int8),
                        lambda made: deployed(made, "trained"), steps=job.recipe, seed=seed),
     }  # fmt: skip
@@ -193,7 +189,7 @@ def test_row(job: Job) -> Row:
     peer = peers.openvino_runner(peers.reshaped(nncf_model(job), 8), "f32", job.threads)
     return {
         **spread(job.cosines(ours(job, "trained", "int8", 8), "test", 8), "cosine"),
-        **spread(job.cosines(ours(job, "refine", "bf16", 8), "test", 8), "cosine_bf16"),
+        **spread(job.cosines(ours(job, "recover", "bf16", 8), "test", 8), "cosine_bf16"),
         **spread(job.cosines(peer, "test", 8), "cosine_nncf"),
     }
 
@@ -207,7 +203,7 @@ def latency_row(job: Job) -> Row:
     for batch in (1,) if job.quick else (1, 32):
         found: dict[str, peers.Runner] = {
             "ours_int8": ours(job, "trained", "int8", batch),
-            "ours_bf16": ours(job, "refine", "bf16", batch),
+            "ours_bf16": ours(job, "recover", "bf16", batch),
             "nncf": peers.openvino_runner(peers.reshaped(int8, batch), "bf16", job.threads),
             "nncf_f32": peers.openvino_runner(peers.reshaped(int8, batch), "f32", job.threads),
             "openvino_bf16": peers.openvino_runner(
@@ -233,7 +229,7 @@ def latency_row(job: Job) -> Row:
 def summary(rows: dict[str, Row]) -> Row:
     """The figures the issue asks for, from the rows that are there."""
     test, latency = rows["test"], rows["latency"]
-    jobs = [rows[name].get("job_s") for name in ("prune", "recover", "refine", "int8", "trained")]
+    jobs = [rows[name].get("job_s") for name in ("prune", "recover", "int8", "trained")]
     keys = ("cosine", "cosine_min", "cosine_nncf", "cosine_nncf_min", "cosine_bf16")
     fastest = [latency[key] for key in ("nncf_b1", "nncf_f32_b1") if key in latency]
     return {

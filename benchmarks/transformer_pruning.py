@@ -60,9 +60,9 @@ class Minilm(minilm_main.Job):
         """What `benchmarks.minilm_main` has recovered; with `--quick` the original."""
         if self.quick:
             return self.program
-        if not self.before.path("refine").exists():
-            raise SystemExit("run benchmarks.minilm_main first, up to its row `refine`")
-        return self.before.program("refine")
+        if not self.before.path("recover").exists():
+            raise SystemExit("run benchmarks.minilm_main first, up to its row `recover`")
+        return self.before.program("recover")
 
     def setting(self) -> Context:
         """What the methods get."""
