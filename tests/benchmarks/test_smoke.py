@@ -165,3 +165,13 @@ def test_binary_kernel(run):
         for name in ("conv_256_14", "linear_1024"):
             assert row["values"][name]["difference"] == 0
             assert row["values"][name]["ours"] > 0
+
+
+def test_mixed_precision(run, tmp_path):
+    line = run("mixed_precision")
+    rows = {name: row["values"] for name, row in line["rows"].items() if name != "test"}
+    assert rows["w4"]["bytes"] < rows["w8"]["bytes"]
+    assert rows["mixed_4.0"]["bytes"] < rows["w8"]["bytes"]
+    assert set(line["on_the_front"]) <= set(rows)
+    text = (tmp_path / "quick" / "mixed_precision.html").read_text()
+    assert text.count("<circle") == 4
