@@ -7,8 +7,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from laconic.core.errors import ExportError, MissingExtra
+from laconic.core.task import classification
+from laconic.methods.base import Context
+from laconic.methods.quantize.binary import QuantizeBinary
 from laconic.program.capture import capture
 from laconic.program.freezing import freeze
+from laconic.program.sites import Sites
 from laconic.runtimes import _binary
 from laconic.runtimes._binary import BinaryLayer
 from laconic.runtimes._binary_graph import replace_binary
@@ -114,6 +118,35 @@ def test_layers_of_signs_are_found(frozen):
         module = lower_weights(held, lambda graph: found.append(replace_binary(graph, 1)))
         torch.testing.assert_close(module(x)[0], wanted, rtol=1e-5, atol=1e-5)
     assert found == [2]
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        inner = torch.relu(self.norm1(self.conv1(x)))
+        return torch.relu(x + self.norm2(self.conv2(inner)))
+
+
+def test_what_quantize_binary_trains_runs_on_the_kernel():
+    torch.manual_seed(0)
+    ends = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)]
+    model = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+                          Block(32), *ends)  # fmt: skip
+    x, labels = torch.randn(32, 3, 8, 8), torch.randint(0, 10, (32,))
+    program = capture(model.eval(), x[:2])
+    task = classification(train=[(x, labels)], calibration=[(x, labels)])
+    context = Context(task=task, original=program)
+    made = QuantizeBinary(steps=2, samples=32).apply(program, Sites(), context).program.eval()
+    found: list[int] = []
+    module = lower_weights(made, lambda graph: found.append(replace_binary(graph, 1)))
+    assert found == [2]
+    with torch.no_grad():
+        torch.testing.assert_close(module(x)[0], made(x), rtol=1e-4, atol=1e-5)
 
 
 def test_narrow_layers_stay_floats():
