@@ -306,6 +306,11 @@ def _write(
             f"{layer.weight}: calibration data give it a constant input, keeps its weights"
         )
         return
+    if not bool(torch.isfinite(whole.scatter).all()):
+        report.notes.append(
+            f"{layer.weight}: its inputs are too large to be multiplied, keeps its weights"
+        )
+        return
     bias = layer.bias is not None or norm is not None
     fit = least_squares.refit(halves, prior, bias=bias)
     if hold is not None:

@@ -8,6 +8,7 @@ published). Grouped convolutions and weights that several layers read have no si
 rounded before, from the moments of their own inputs. Only one layer's moments are held at a time.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,7 +93,8 @@ class Rounder:
         self.work.notes += [n for n in report.notes if "keeps its weights" not in n]
         for site in self.work.open_sites():
             self.work.notes.append(
-                f"{site.name}: rounded to nearest, its inputs do not vary or are no rows of columns"
+                f"{site.name}: rounded to nearest, its inputs do not vary, are too large to be "
+                "multiplied, or are no rows of columns"
             )
 
     def _batches(self) -> list[Flat]:
@@ -171,7 +173,8 @@ class Rounder:
         for other in others:
             seen.merge(held[other.node.name])
         grams = [gram.raw() for gram in seen.grams]
-        if not any(float(gram.scatter.diagonal().sum()) > 0 for gram in grams):
+        energy = sum(float(gram.scatter.sum()) for gram in grams)
+        if not math.isfinite(energy) or not any(bool(gram.scatter.any()) for gram in grams):
             return
         site, old = self.sites[name], self.before.tensor(name).detach()
         matrix = first.matrix(old).double()

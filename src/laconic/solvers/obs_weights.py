@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from laconic.core.errors import DataError
 from laconic.solvers.least_squares import Fit, residual
 from laconic.solvers.weight_masks import highest, patterned
 from laconic.statistics.gram import Gram
@@ -233,8 +234,14 @@ def _inverse(matrix: Tensor) -> Tensor:
 
 
 def solvable(rows: Rows) -> Rows:
-    """Damped until a Cholesky factor exists; columns that never vary get a unit of their own."""
+    """Damped until a Cholesky factor exists; columns that never vary get a unit of their own.
+
+    Raises:
+        DataError: moments that are not finite.
+    """
     moments = rows.moments
+    if not bool(torch.isfinite(moments).all()):
+        raise DataError("second moments of the inputs are not finite")
     level = float(moments.diagonal().mean())
     damping = 1e-10 * level if level > 0 else 1.0
     while int(torch.linalg.cholesky_ex(moments)[1]):
