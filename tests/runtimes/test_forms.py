@@ -122,6 +122,18 @@ def test_levels_of_weights_and_activations_are_those_of_the_program(runtime, nam
         assert np.allclose(one.detach().numpy(), other, rtol=1e-3, atol=1e-4)
 
 
+def test_onnxruntime_keeps_floats_in_front_of_integer_weights(tmp_path):
+    torch.manual_seed(0)
+    program = capture(nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(2, 5, 64)).clone()
+    program.propagate()
+    (site,) = weight_sites(program)[0]
+    grid = ranges.weight_grid(program.tensor(site.name), site.axis, "minmax", 8)
+    insertion.quantize_weight(program, site, site.axis, grid)
+    program.recompile()
+    (wanted,), (found,) = program.run_flat(*program.example), runs("onnxruntime", program, tmp_path)
+    assert np.allclose(wanted.detach().numpy(), found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", levels.NAMES)
 def test_what_inductor_compiles_computes_the_levels(name):
     program = on_levels(name)

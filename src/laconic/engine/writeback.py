@@ -9,7 +9,15 @@ from laconic.core.errors import SurgeryError
 from laconic.forms import affine
 from laconic.program.freezing import form_of
 from laconic.program.members import alone
-from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, FAKES, STORED, Program
+from laconic.program.program import (
+    DEQUANTIZE,
+    DYNAMIC_QUANTIZE,
+    FAKE_LEVELS,
+    FAKE_QUANTIZE,
+    FAKES,
+    STORED,
+    Program,
+)
 
 
 def write_back(program: Program, model: nn.Module) -> list[str]:
@@ -77,7 +85,7 @@ def _unexpressed(program: Program) -> list[str]:
     count = sum(
         1
         for node in program.graph.nodes
-        if node.target in FAKES and not _reads_tensor(node.args[0])
+        if node.target in (DYNAMIC_QUANTIZE, *FAKES) and not _reads_tensor(node.args[0])
     )
     if not count:
         return []

@@ -83,6 +83,19 @@ def encode(
     return codes.to(code_type(qmin, qmax))
 
 
+def grid_of(x: Tensor, bits: int, per_token: bool) -> tuple[Tensor, Tensor]:
+    """Scale and zero point, float32, of the unsigned grid over the range of `x`, zero included.
+
+    `x` has elements. One range, or with `per_token` one for each run of the last dimension.
+    """
+    dims = [x.ndim - 1] if per_token else list(range(x.ndim))
+    low, high = (x.float().amin(dims, True), x.float().amax(dims, True)) if dims else (x, x)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    wide = (high - low).float()
+    scale = torch.where(wide == 0, 1.0, wide / (2**bits - 1))
+    return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
+
+
 def code_type(qmin: int, qmax: int) -> torch.dtype:
     """The smallest signed type that holds [qmin, qmax]."""
     for kind in (torch.int8, torch.int16):

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from laconic.core.errors import DataError
 from laconic.core.task import Inputs
-from laconic.program.program import FAKES, Program
+from laconic.program.program import DYNAMIC_QUANTIZE, FAKES, Program
 
 Array = NDArray[Any]
 Run = Callable[[Sequence[Array]], Sequence[Array]]
@@ -191,7 +191,7 @@ def _terms(name: str, node: torch.fx.Node) -> float:
 def _quantized(program: Program) -> bool:
     """Whether activations are quantised; quantised weights alone are constants, and exact."""
     return any(
-        node.target in FAKES and node.all_input_nodes[0].op != "get_attr"
+        node.target in (DYNAMIC_QUANTIZE, *FAKES) and node.all_input_nodes[0].op != "get_attr"
         for node in program.graph.nodes
     )
 

@@ -29,6 +29,7 @@ _TRAINING_ARGUMENT = {
 }
 FAKE_QUANTIZE = _form_operators.FAKE_QUANTIZE
 DEQUANTIZE = _form_operators.DEQUANTIZE
+DYNAMIC_QUANTIZE = _form_operators.DYNAMIC_QUANTIZE
 FAKE_LEVELS = _form_operators.FAKE_LEVELS
 LEVELS = _form_operators.LEVELS
 LOOKUP = _form_operators.LOOKUP

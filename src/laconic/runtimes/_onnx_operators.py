@@ -6,7 +6,14 @@ from typing import Any
 import torch
 
 from laconic.forms import levels
-from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, FAKES, Program
+from laconic.program.program import (
+    DEQUANTIZE,
+    DYNAMIC_QUANTIZE,
+    FAKE_LEVELS,
+    FAKE_QUANTIZE,
+    FAKES,
+    Program,
+)
 from laconic.runtimes._export import code_type
 from laconic.runtimes._onnx_attention import attention, modules
 
@@ -20,6 +27,7 @@ def own() -> dict[Any, Callable[..., Any]]:
         FAKE_QUANTIZE: _fake_quantize,
         DEQUANTIZE: _dequantize,
         FAKE_LEVELS: _fake_levels,
+        DYNAMIC_QUANTIZE: _dynamic_quantize,
         dot_product: attention,
     }
 
@@ -85,6 +93,22 @@ def _clamp(x: _IR, low: _IR, high: _IR, axis: int) -> _IR:
     shape[axis] = -1
     low, high = op.Reshape(low, shape), op.Reshape(high, shape)
     return op.Min(op.Max(x, low), high)
+
+
+def _dynamic_quantize(x: _IR, bits: int, per_token: bool) -> _IR:
+    """One operator for 8 bits and one range; otherwise the same arithmetic spelled out."""
+    op, ir = modules()
+
+    if bits == 8 and not per_token:
+        return op.DequantizeLinear(*op.DynamicQuantizeLinear(x))
+    axes, most = [-1] if per_token else list(range(len(x.shape))), float(2**bits - 1)
+    low = op.Min(op.ReduceMin(x, axes, keepdims=1), 0.0)
+    wide = op.Sub(op.Max(op.ReduceMax(x, axes, keepdims=1), 0.0), low)
+    empty = op.Cast(op.Equal(wide, 0.0), to=int(ir.DataType.FLOAT))
+    scale = op.Add(op.Div(wide, most), empty)  # 1 where everything is zero
+    zero = op.Clip(op.Round(op.Neg(op.Div(low, scale))), 0.0, most)
+    codes = op.Clip(op.Add(op.Round(op.Div(x, scale)), zero), 0.0, most)
+    return op.Mul(op.Sub(codes, zero), scale)
 
 
 def _fake_levels(x: _IR, scale: _IR, axis: int | None, name: str) -> _IR:

@@ -57,6 +57,9 @@ class OnnxRuntime(Runtime):
         options.inter_op_num_threads = 1
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        if precision != "int8":
+            # products with integer weights would otherwise put their inputs on 8 bits in silence
+            options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # noqa: BLE001  onnxruntime's errors share no public base

@@ -10,6 +10,7 @@ from laconic.forms.hashed import Hashed
 from laconic.forms.vectors import Vectors
 from laconic.program.program import (
     COMBINE,
+    DYNAMIC_QUANTIZE,
     FAKE_LEVELS,
     FAKE_QUANTIZE,
     HASHED,
@@ -163,6 +164,12 @@ def insert_activation_levels(program: Program, place: Place, scale: Tensor, name
     """
     stored, sides = f"activations.{place.name}", {"scale": scale}
     return _put(program, place.source, place.users, stored, FAKE_LEVELS, sides, (None, name))
+
+
+def insert_dynamic(program: Program, place: Place, bits: int, per_token: bool) -> fx.Node:
+    """Put one node behind a tensor of the graph that rounds it to a grid over its own range."""
+    rest = (bits, per_token)
+    return _put(program, place.source, place.users, place.name, DYNAMIC_QUANTIZE, {}, rest)
 
 
 def _insert(

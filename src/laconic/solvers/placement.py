@@ -25,7 +25,7 @@ from typing import Any
 from torch import fx
 
 from laconic.program.normalize import base_name
-from laconic.program.program import DEQUANTIZE, FAKES, LEVELS, Program
+from laconic.program.program import DEQUANTIZE, DYNAMIC_QUANTIZE, FAKES, LEVELS, Program
 from laconic.solvers.weight_sites import MATRIX, WeightSite
 
 _PRODUCTS = {"matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
@@ -276,7 +276,7 @@ def _has_pieces(node: fx.Node) -> bool:
 
 
 def _is_quantised(node: fx.Node) -> bool:
-    return _root(node).target in (*FAKES, DEQUANTIZE, LEVELS)
+    return _root(node).target in (*FAKES, DYNAMIC_QUANTIZE, DEQUANTIZE, LEVELS)
 
 
 def _group(made: dict[fx.Node, Place], joined: Sequence[Sequence[fx.Node]]) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from laconic.core.progress import Progress
-from laconic.program.program import FAKES, Program
+from laconic.program.program import DYNAMIC_QUANTIZE, FAKES, Program
 from laconic.statistics.walk import Order, Walk
 
 
@@ -61,7 +61,7 @@ def _off(walk: Walk, on: set[fx.Node]) -> Any:
     """A visitor that lets values through every fake quantisation but those in `on`."""
 
     def visit(node: fx.Node, value: Any) -> Any:
-        if node.target in FAKES and node not in on:
+        if node.target in (DYNAMIC_QUANTIZE, *FAKES) and node not in on:
             return walk.input(node, 0)
         return value
 

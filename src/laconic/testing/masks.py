@@ -349,6 +349,7 @@ def _table() -> dict[str, Rule]:
         "laconic.fake_quantize": _first,
         "laconic.dequantize": _first,
         "laconic.fake_levels": _first,
+        "laconic.dynamic_quantize": _first,
         "laconic.levels": _first,
         "laconic.lookup": _first,
         "laconic.combine": _combined,

@@ -7,6 +7,7 @@ calls the same thing, or to the tensor.
 import torch
 
 from laconic.forms.operators.grids import dequantize as dequantize
+from laconic.forms.operators.grids import dynamic_quantize as dynamic_quantize
 from laconic.forms.operators.grids import fake_levels as fake_levels
 from laconic.forms.operators.grids import fake_quantize as fake_quantize
 from laconic.forms.operators.grids import levels_ as levels_
@@ -18,6 +19,7 @@ from laconic.forms.operators.shared import vectors_ as vectors_
 
 FAKE_QUANTIZE = torch.ops.laconic.fake_quantize.default
 DEQUANTIZE = torch.ops.laconic.dequantize.default
+DYNAMIC_QUANTIZE = torch.ops.laconic.dynamic_quantize.default
 FAKE_LEVELS = torch.ops.laconic.fake_levels.default
 LEVELS = torch.ops.laconic.levels.default
 LOOKUP = torch.ops.laconic.lookup.default

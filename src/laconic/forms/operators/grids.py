@@ -93,6 +93,37 @@ def _(codes: Tensor, scale: Tensor, zero_point: Tensor, axis: int | None) -> Ten
     return _checked(codes, scale, axis, scale.dtype)
 
 
+@torch.library.custom_op("laconic::dynamic_quantize", mutates_args=())
+def dynamic_quantize(x: Tensor, bits: int, per_token: bool) -> Tensor:
+    """Round `x` to the grid of `2^bits` points over its own range, zero included.
+
+    One range for all of `x`, or with `per_token` one for each run of the last dimension.
+    Computed as ONNX's DynamicQuantizeLinear does. Gradient: straight through (nothing is clipped).
+    """
+    if not x.numel():
+        return x.clone()
+    scale, zero = affine.grid_of(x, bits, per_token)
+    codes = x.float().div(scale).round_().add_(zero).clamp_(0, 2**bits - 1)
+    return codes.sub_(zero).mul_(scale).to(x.dtype)
+
+
+@dynamic_quantize.register_fake
+def _(x: Tensor, bits: int, per_token: bool) -> Tensor:
+    if not 1 <= bits <= 16:
+        raise ValueError(f"{bits} bits, expected 1 to 16")
+    if per_token and not x.ndim:
+        raise ValueError("a number has no tokens")
+    return torch.empty_like(x)
+
+
+def _straight(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    del ctx
+    return grad.clone(), None, None
+
+
+dynamic_quantize.register_autograd(_straight)
+
+
 @torch.library.custom_op("laconic::fake_levels", mutates_args=())
 def fake_levels(x: Tensor, scale: Tensor, axis: int | None, name: str) -> Tensor:
     """Move `x` to the nearest of the levels called `name`, times the scale (see `forms.levels`).

@@ -39,6 +39,12 @@ def _runs(see: Equations, node: fx.Node, dims: Dims, runs: Term, axis: int) -> N
     see.same(first, product(runs, *inner), node)
 
 
+def passed(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """Axes pass; the range is that of whatever is there, zero always included."""
+    del node
+    return see.dims(a["x"])
+
+
 def lookup(see: Equations, node: fx.Node, a: Arguments) -> Dims:
     """Axes pass; books go with the runs of the axis they belong to, and stay whole."""
     dims, (*books, width) = see.dims(a["codes"]), see.dims(a["values"])
@@ -85,6 +91,7 @@ ROWS: dict[str, Row] = {
     "laconic.dequantize": quantized,
     "laconic.fake_levels": quantized,
     "laconic.levels": quantized,
+    "laconic.dynamic_quantize": passed,
     "laconic.lookup": lookup,
     "laconic.combine": combine,
     "laconic.vectors": whole,
