@@ -28,7 +28,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "w4a4": TRAIN | {"bits": 4, "activations": 4},
     "w3a3": TRAIN | {"bits": 3, "activations": 3},
     "w2a2": TRAIN | {"bits": 2, "activations": 2},
-    "w1a1": BINARY,
+    "w1a1": BINARY | {"lr": 0.1},
     "w1": BINARY | {"activations": False},
 }
 TARGETS = {"w4a4": 91.7, "w3a3": 91.5, "w2a2": 90.8, "w1a1": 88.1, "w1": 90.2}

@@ -32,6 +32,7 @@ _SLOPE = 0.25
 _EPS = 1e-12
 _MOVES = {"slice", "pad", "constant_pad_nd", "reshape", "view"}
 _aten = torch.ops.aten
+_LIKE = torch.ops.aten.type_as.default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ def insert_activation(
     source: Any = node.args[0]
     graph = program.graph
     with graph.inserting_before(node):
-        wide = _along(graph, channels, channel_axis(place), len(source.meta["shape"]))
+        wide = _along(graph, channels, channel_axis(place), source)
         moved = graph.call_function(_aten.sub.Tensor, (source, wide))
         soft = _soft(program, moved, node) if estimator == "tanh" else moved
     node.update_arg(0, soft)
@@ -157,11 +158,15 @@ def channel_axis(place: Place) -> int:
     return 1 if any(base_name(user).startswith("conv") for user in place.users) else -1
 
 
-def _along(graph: fx.Graph, name: str, axis: int, ndim: int) -> fx.Node:
-    """A stored vector, shaped to broadcast along `axis`."""
-    shape = [1] * ndim
+def _along(graph: fx.Graph, name: str, axis: int, like: fx.Node) -> fx.Node:
+    """A stored vector, shaped to broadcast along `axis` of a node, in its precision.
+
+    So what is half precision under autocast stays half precision while it trains.
+    """
+    shape = [1] * len(like.meta["shape"])
     shape[axis] = -1
-    return graph.call_function(_aten.reshape.default, (graph.get_attr(name), shape))
+    wide = graph.call_function(_aten.reshape.default, (graph.get_attr(name), shape))
+    return graph.call_function(_LIKE, (wide, like))
 
 
 def _soft(program: Program, x: fx.Node, before: fx.Node) -> fx.Node:
@@ -200,10 +205,10 @@ def soften(program: Program, relu: fx.Node) -> None:
     }
     graph = program.graph
     with graph.inserting_before(relu):
-        before = _along(graph, names["before"], 1, len(shape))
-        after = _along(graph, names["after"], 1, len(shape))
+        before, after = (_along(graph, names[key], 1, source) for key in ("before", "after"))
+        slope = graph.call_function(_LIKE, (graph.get_attr(names["slope"]), source))
         moved = graph.call_function(_aten.sub.Tensor, (source, before))
-        bent = graph.call_function(_aten.prelu.default, (moved, graph.get_attr(names["slope"])))
+        bent = graph.call_function(_aten.prelu.default, (moved, slope))
         made = graph.call_function(_aten.add.Tensor, (bent, after))
     made.meta = dict(relu.meta)
     relu.replace_all_uses_with(made)
@@ -311,5 +316,11 @@ def settle(
         if base_name(soft) == "mul" and base_name(soft.args[0]) == "tanh":
             node.update_arg(0, soft.args[0].args[0].args[0])
         as_buffer(program, step.scale)
+    for node in nodes.values():
+        source: Any = node.args[0] if node.target is _LIKE else None
+        while source is not None and base_name(source) == "reshape":
+            source = source.args[0]
+        if source is not None and str(source.target).startswith("activations."):
+            node.replace_all_uses_with(node.args[0])  # pyright: ignore[reportArgumentType]
     program.graph.eliminate_dead_code()
     program.recompile()
