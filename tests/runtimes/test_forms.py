@@ -122,6 +122,45 @@ def test_levels_of_weights_and_activations_are_those_of_the_program(runtime, nam
         assert np.allclose(one.detach().numpy(), other, rtol=1e-3, atol=1e-4)
 
 
+class Products(nn.Module):
+    """Linear layers on sequences and on rows, with and without bias, and a stored right factor."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 48), nn.Linear(48, 32, bias=False)
+        self.right = nn.Parameter(torch.randn(32, 32))
+        self.rows = nn.Linear(32, 16)
+
+    def forward(self, x):
+        x = torch.relu(self.two(torch.relu(self.one(x))))
+        return self.rows((x @ self.right).mean(1))
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_products_with_groups_are_blocks_of_integers(runtime, bits, symmetric, tmp_path):
+    torch.manual_seed(0)
+    program = capture(Products().eval(), torch.randn(2, 5, 64)).clone()
+    program.propagate()
+    for site in weight_sites(program)[0]:
+        weight = program.tensor(site.name)
+        grid = ranges.weight_grid(weight, site.axis, "minmax", bits, group=16, symmetric=symmetric)
+        insertion.quantize_weight(program, site, site.axis, grid)
+    program.recompile()
+    (wanted,), (found,) = program.run_flat(*program.example), runs(runtime, program, tmp_path)
+    assert np.allclose(wanted.detach().numpy(), found, rtol=1e-4, atol=1e-4)
+    if runtime == "openvino":
+        return
+    graph = onnx.load(str(tmp_path / "model.onnx")).graph
+    assert not {"Reshape", "Gemm"} & {node.op_type for node in graph.node}
+    kind = onnx.TensorProto.INT4 if bits == 4 else onnx.TensorProto.INT8
+    held = {t.name: t for t in graph.initializer if t.data_type == kind and len(t.dims) == 2}
+    codes = sum(int(np.prod(t.dims)) for t in held.values())
+    weights = 64 * 48 + 48 * 32 + 32 * 32 + 32 * 16
+    assert codes == weights + (0 if symmetric else weights // 16)  # nothing is stored twice
+
+
 def test_onnxruntime_keeps_floats_in_front_of_integer_weights(tmp_path):
     torch.manual_seed(0)
     program = capture(nn.Sequential(nn.Linear(64, 32)).eval(), torch.randn(2, 5, 64)).clone()

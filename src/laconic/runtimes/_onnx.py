@@ -17,6 +17,7 @@ from torch.export import ExportedProgram
 from laconic.core.errors import ExportError
 from laconic.program.program import Program
 from laconic.runtimes._export import export, lower_weights, quiet
+from laconic.runtimes._onnx_blocks import blocked_weights
 from laconic.runtimes._onnx_integers import integer_products
 from laconic.runtimes._onnx_operators import missing, own, refusals
 
@@ -41,6 +42,7 @@ def write_onnx(program: Program, path: Path) -> Path:
     _name_inputs(model, program)
     _transpose_codes(model)
     integer_products(model)
+    blocked_weights(model)
     _strip(model)
     _save(model, path)
     return path

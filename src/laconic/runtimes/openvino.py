@@ -109,6 +109,9 @@ class OpenVino(Runtime):
             "INFERENCE_NUM_THREADS": threads or cores(),
             "INFERENCE_PRECISION_HINT": hint,
         }
+        if precision != "int8":
+            # products with integer weights would otherwise put their inputs on 8 bits in silence
+            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
         try:
             if shapes:
                 model.reshape({name: list(shapes[name]) for name in inputs if name in shapes})
