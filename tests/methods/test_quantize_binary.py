@@ -259,7 +259,7 @@ def test_every_convolution_has_a_shortcut_where_shapes_allow(program, task):
     assert len(sums) == len(less) + 1
 
 
-def test_prelu_of_slope_0_and_no_shift_is_the_relu(program):
+def test_prelu_of_slope_0_is_the_relu(program):
     made = program.clone()
     x = images()
     relu = next(node for node in made.graph.nodes if base_name(node) == "relu")

@@ -18,9 +18,10 @@ from laconic.program.freezing import form_of, freeze, is_frozen
 from laconic.program.program import FAKE_QUANTIZE
 from laconic.program.sites import Sites
 from laconic.solvers import learned_steps, placement, ranges
-from laconic.solvers.learned_grids import LearnedGrids
+from laconic.solvers.learned_grids import Course, LearnedGrids
 from laconic.solvers.oscillation import OnGrid, Oscillation
 from laconic.solvers.weight_sites import weight_sites
+from laconic.training.plan import Plan
 
 SHORT = {
     "steps": 8, "evaluations": 2, "precision": "fp32", "teacher": "torch", "activations": 4,
@@ -368,3 +369,21 @@ def test_rounding_is_the_same_in_bfloat16_training(program, task):
         wanted = torch.ops.laconic.fake_quantize(x.float(), scale, zero, None, low, high)
         assert found.dtype == torch.bfloat16
         assert torch.equal(found, wanted.bfloat16())
+
+
+def test_steps_and_factors_of_norms_stay_positive(program):
+    made = program.clone().train()
+    site = next(s for s in weight_sites(made)[0] if s.name == "inner.weight")
+    step = learned_steps.insert_weight(made, site, 0, [(-2, 1)], "lsq")
+    made.recompile()
+    first = made.tensor(step.scale).detach().clone()
+    wanted = 2 * made.tensor("inner.weight").detach().abs().mean((1, 2, 3))
+    assert torch.allclose(first, wanted)  # sqrt(qmax) is 1
+    grids = LearnedGrids([step], Course(positive=("bn2.weight",)))
+    grids.begin(made, Plan(steps=3))
+    made.tensor(step.scale).data.fill_(-1.0)
+    made.tensor("bn2.weight").data.fill_(-1.0)
+    optimizer = torch.optim.SGD([made.tensor(step.scale)], lr=0.1)
+    grids.after(1, optimizer)
+    assert torch.allclose(made.tensor(step.scale), 0.01 * first)
+    assert bool((made.tensor("bn2.weight") == 0).all())

@@ -6,8 +6,8 @@
   1909.10788). The gradient goes straight through, or through `k tanh(t w)`, which sharpens.
 * Activations: signs of `x - shift` times a scale; a shift for each channel and the scale train (Liu
   et al., "ReActNet", arXiv 2003.03488; Tu et al., "AdaBin", arXiv 2208.08084).
-* Around them, in floats: `prelu(x - before) + after` in place of a ReLU (ReActNet), and a shortcut
-  around every convolution (Liu et al., "Bi-Real Net", arXiv 1808.00278).
+* Around them, in floats: PReLU in place of ReLU (ReActNet), and a shortcut around every convolution
+  (Liu et al., "Bi-Real Net", arXiv 1808.00278).
 """
 
 import math
@@ -191,25 +191,19 @@ def _constant(program: Program, name: str, before: fx.Node) -> fx.Node:
 
 
 def soften(program: Program, relu: fx.Node) -> None:
-    """`prelu(x - before) + after` in place of a ReLU, for each channel (dimension 1)."""
+    """A PReLU with a slope for each channel (dimension 1) in place of a ReLU.
+
+    ReActNet shifts its PReLU on both sides. Here the bias of the layer or norm in front and the
+    shift of the sign behind say the same.
+    """
     source: Any = relu.args[0]
-    shape = relu.meta["shape"]
-    first = program.tensor(next(n for n, t in program.tensors() if t.is_floating_point()))
-    values = {"before": 0.0, "slope": _SLOPE, "after": 0.0}
-    names = {
-        key: program.add_tensor(
-            f"activations.{relu.name}_{key}",
-            nn.Parameter(torch.full((shape[1],), value, device=first.device)),
-        )
-        for key, value in values.items()
-    }
+    like = next(tensor for _, tensor in program.tensors())
+    slope = torch.full((relu.meta["shape"][1],), _SLOPE, device=like.device)
+    name = program.add_tensor(f"activations.{relu.name}_slope", nn.Parameter(slope))
     graph = program.graph
     with graph.inserting_before(relu):
-        before, after = (_along(graph, names[key], 1, source) for key in ("before", "after"))
-        slope = graph.call_function(_LIKE, (graph.get_attr(names["slope"]), source))
-        moved = graph.call_function(_aten.sub.Tensor, (source, before))
-        bent = graph.call_function(_aten.prelu.default, (moved, slope))
-        made = graph.call_function(_aten.add.Tensor, (bent, after))
+        held = graph.call_function(_LIKE, (graph.get_attr(name), source))
+        made = graph.call_function(_aten.prelu.default, (source, held))
     made.meta = dict(relu.meta)
     relu.replace_all_uses_with(made)
     graph.erase_node(relu)

@@ -4,9 +4,9 @@ A weight is its sign times one scale for each output channel (XNOR-Net, arXiv 16
 centred weights of unit variance, with a gradient that goes straight through or sharpens during the
 run (IR-Net, arXiv 1909.10788). An activation is the sign of `x - shift` times a scale, both trained
 (ReActNet, arXiv 2003.03488; AdaBin, arXiv 2208.08084). Around binary activations the graph changes:
-a ReLU becomes a shifted PReLU, and every convolution gets a float shortcut where shapes allow (Bi-
-Real Net, arXiv 1808.00278), so that what the signs lose still flows on; a network's own shortcuts
-stay floats. Training has two steps: activations of one bit with float weights, then both (arXiv
+a ReLU becomes a PReLU, and every convolution gets a float shortcut where shapes allow (Bi-Real Net,
+arXiv 1808.00278), so that what the signs lose still flows on; a network's own shortcuts stay
+floats. Training has two steps: activations of one bit with float weights, then both (arXiv
 1909.13863). The loss is that of `distill.logits`.
 
 Helps: files (1 bit a weight), and kernels that count bits, where there are any; a runtime without
@@ -14,6 +14,7 @@ them gets the tensors that the bits stand for, and is not faster. Weights alone 
 point or two. Does not: with few steps (binary activations need tens of epochs), in transformers,
 where accuracy matters more than bytes; `quantize.train` at 2 bits is much closer to the original.
 Cost: that of the training, and for binary activations half as much again; one pass over `samples`.
+With SGD, signs of activations like a higher rate (`lr: 0.1`) than the usual one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -55,7 +56,7 @@ class QuantizeBinary(Learning, Method):
             inputs; None: one bit like the rest.
         balanced: centre weights and give them unit variance before their sign is taken.
         estimator: what the gradient of a sign goes through: "straight", or "tanh", which sharpens.
-        prelu: with `activations`: shifted PReLU in place of ReLU in front of binary activations.
+        prelu: with `activations`: PReLU in place of ReLU in front of binary activations.
         shortcuts: with `activations`: lead each convolution's input past it where shapes allow.
         first: with `activations`: part of the steps in which weights are still floats.
         samples: calibration samples for the first shifts and scales.
