@@ -29,11 +29,9 @@ from laconic.storage import predict
 
 DEPTHS, BITS = (20, 56), (4, 3, 2)
 SAMPLES = 2048
-STEPS = {
-    20: 400,
-    56: 150,
-}  # of a block, so that a network takes less than five minutes of two cores
-SIGMOID = {"way": "sigmoid", "scales": False, "biases": False, "rate": 0.03, "decide": 3.0}
+# of a block: less than five minutes of two cores for a network
+STEPS = {20: 300, 56: 150}
+SIGMOID = {"way": "sigmoid", "scales": False, "biases": False, "decide": 3.0}
 GPTQ = {"method": "quantize.gptq", "samples": SAMPLES}
 WAYS: dict[str, dict[str, Any]] = {
     "": {"method": "quantize.round", "samples": SAMPLES},

@@ -243,3 +243,10 @@ def test_round_leaves_weights_that_several_layers_read_to_nearest():
     held = (program, Context(task=own_outputs(program), original=program))
     outcome = apply("quantize.round", held, first_last=None)
     assert any("rounded to nearest" in note for note in outcome.notes)
+
+
+def test_round_comes_closer_to_the_float_block(setting):
+    made = apply("quantize.round", setting, bits=2, samples=64, steps=60, batch=16)
+    (before, after), *_ = made.figures["errors"].values()
+    assert list(made.figures["errors"]) == ["one.weight, two.weight"]  # the ends have 8 bits
+    assert after < 0.7 * before

@@ -47,11 +47,11 @@ class Plan:
         refit: fit weights, scales and biases as well.
     """
 
-    samples: int
-    damping: float
-    act_order: bool
-    passes: int
-    refit: bool
+    samples: int = 512
+    damping: float = 0.01
+    act_order: bool = True
+    passes: int = 4
+    refit: bool = True
 
 
 class Rounder:

@@ -53,8 +53,8 @@ class LearningOptions(BaseModel):
 
     samples: int = Field(default=1024, ge=1)
     batch: int = Field(default=64, ge=1)
-    steps: int = Field(default=200, ge=1)
-    rate: float = Field(default=0.01, gt=0)
+    steps: int = Field(default=300, ge=1)
+    rate: float = Field(default=0.03, gt=0)
     way: Way = "straight"
     reach: float | None = Field(default=None, gt=0)
     scales: bool = True
@@ -248,7 +248,9 @@ class _Fit:
     @torch.no_grad()
     def error(self, *, settled: bool = False) -> float:
         """Mean squared error relative to the target's spread, as it stands or once settled."""
-        tensors = {} if settled else {n: w.values() for n, w in self._soft.items()}
+        tensors: dict[str, Tensor] = {}
+        if not settled:
+            tensors = {n: w.values() for n, w in self._soft.items()} | self._shifts.values()
         found = [self._distance(one.rounded, tensors, one.target) for one in self._data]
         return float(torch.stack(found).mean())
 

@@ -46,11 +46,11 @@ class Gptq(GridOptions, Method):
 
     quick: ClassVar[Mapping[str, Any]] = {"samples": 8}
 
-    samples: int = Field(default=512, ge=1)
-    damping: float = Field(default=0.01, gt=0)
-    act_order: bool = True
-    passes: int = Field(default=4, ge=0)
-    refit: bool = True
+    samples: int = Field(default=Plan.samples, ge=1)
+    damping: float = Field(default=Plan.damping, gt=0)
+    act_order: bool = Plan.act_order
+    passes: int = Field(default=Plan.passes, ge=0)
+    refit: bool = Plan.refit
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Round the chosen weights. A replay needs the same data.
