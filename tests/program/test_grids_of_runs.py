@@ -129,6 +129,24 @@ def test_weights_that_are_not_finite_are_refused_by_name():
         freeze(program)
 
 
+@pytest.mark.parametrize("kind", ["int", "nf4"])
+def test_scales_that_do_not_fit_are_refused_when_read(kind, tmp_path):
+    program = freeze(quantised(*zoo.make("plain_cnn"), kind))
+    name = next(n for n, t in program.tensors() if n.endswith("_scale") and t.ndim == 2)
+    rows, size = len(program.tensor(name)), program.tensor(name.removesuffix("_scale"))[0].numel()
+    program.set_tensor(name, torch.ones(rows, size + 1))
+    storage.save(program, tmp_path / "m.laconic")
+    with pytest.raises(StorageError, match="cut into"):
+        storage.load(tmp_path / "m.laconic")
+
+
+def test_bits_are_told_as_they_are():
+    program = quantised(*zoo.make("plain_cnn"), "int")
+    for held in (program, freeze(program)):
+        name = weight_sites(capture(*zoo.make("plain_cnn")))[0][0].name
+        assert form(held, name) == "affine 4 bit"
+
+
 def test_codes_beyond_the_levels_are_refused(tmp_path):
     program = freeze(quantised(*zoo.make("plain_cnn"), "binary"))
     name = next(n for n, t in program.tensors() if t.dtype == torch.uint8)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from laconic.engine.result import Layer
+from laconic.forms.affine import Affine
 from laconic.forms.levels import Levels
 from laconic.program.cost import NodeCost, cost
 from laconic.program.freezing import form_of
@@ -56,6 +57,9 @@ def form(program: Program, name: str) -> str:
                  "hashed": f"{count[0]} hashed buckets"}  # fmt: skip
         return words[held.kind]
     if user.target is DEQUANTIZE:
+        held = form_of(program, name)
+        if isinstance(held, Affine):
+            return f"affine {(held.qmax - held.qmin).bit_length()} bit"
         return f"affine {8 * program.tensor(name).element_size()} bit"
     low, high = user.args[4:6]
     if isinstance(low, int) and isinstance(high, int):

@@ -14,7 +14,8 @@ kernels (DynamicQuantizeLinear, MatMulInteger).
 Does not: convolutional networks, whose ranges hardly change: `quantize.static` is faster there, so
 convolutions are left alone unless `convolutions` is true. One range a tensor makes a sample's
 result depend a little on the others of its batch; a range for each token does not, but no runtime
-has a kernel for it. OpenVINO and Inductor compute either in floats: right, and no faster.
+has a kernel for it. OpenVINO and Inductor compute either in floats: right, and no faster; at
+precision int8 OpenVINO finds ranges itself where `quantize.weights` has groups and is symmetric.
 
 Cost: no data; at run time one more pass over each activation.
 """

@@ -14,8 +14,10 @@ al., "XNOR-Net" (arXiv 1603.05279); nf4: Dettmers et al. 2023 (arXiv 2305.14314)
 Helps: a file of a quarter (8 bits) to an eighth of its size in a second and without data. 8 bits
 lose nothing that can be measured, 6 hardly anything.
 Does not: below 4 bits, where `quantize.gptq` and `quantize.round` lose far less, and 1 or 2 bits
-need training (`quantize.train`, `quantize.binary`). Nothing is faster by itself: a runtime decodes
-these weights, or stores the decoded ones (levels are written to ONNX as floats).
+need training (`quantize.train`, `quantize.binary`). Convolutions are not faster: a runtime decodes
+their weights. Linear layers with a `group` of 16, 32, 64, 128 or 256 can be: ONNX Runtime and
+OpenVINO have kernels that read integers of 4 or 8 bits, and at precision int8 put the inputs on 8
+bits themselves (OpenVINO where the grid is `symmetric`). Levels are written to ONNX as floats.
 
 Cost: about 50 passes over the weights with "mse", one with "minmax"; no data, except with a
 `bias_correction`.
