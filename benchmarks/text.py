@@ -34,15 +34,17 @@ def running(folder: Path | None = None) -> list[str]:
 class Spliced:
     """Batches of `size` new texts, `count` batches a pass: what they hold depends on its number.
 
+    Passes are numbered from `seed` on.
+
     Three in ten are phrases as they stand, three in ten the beginning of one and the end of
     another, four in ten windows of running text. Texts of like length share a batch.
     """
 
     def __init__(
         self, phrases: Sequence[str], pieces: Sequence[str], tokenizer: Callable[..., Any],
-        size: int = 64, count: int = 1_000,
+        size: int = 64, count: int = 1_000, seed: int = 0,
     ) -> None:  # fmt: skip
-        self.size, self.count, self.passes = size, count, 0
+        self.size, self.count, self.seed, self.passes = size, count, seed, 0
 
         def tokens(texts: Sequence[str]) -> list[list[int]]:
             found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -72,7 +74,7 @@ class Spliced:
         return piece[start : start + length]
 
     def __iter__(self) -> Iterator[tuple[Batch, None]]:
-        draw = random.Random(self.passes)
+        draw = random.Random(self.seed + self.passes)
         self.passes += 1
         texts = sorted((self._text(draw) for _ in range(self.size * self.count)), key=len)
         starts = list(range(0, len(texts), self.size))
