@@ -30,7 +30,7 @@ from laconic.storage import predict
 DEPTHS, BITS = (20, 56), (4, 3, 2)
 SAMPLES = 2048
 # of a block: less than five minutes of two cores for a network
-STEPS = {20: 300, 56: 150}
+STEPS = {20: 400, 56: 150}
 SIGMOID = {"way": "sigmoid", "scales": False, "biases": False, "decide": 3.0}
 GPTQ = {"method": "quantize.gptq", "samples": SAMPLES}
 WAYS: dict[str, dict[str, Any]] = {

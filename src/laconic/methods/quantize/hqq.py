@@ -9,9 +9,11 @@ Paper: Badri & Shaji, "Half-Quadratic Quantization of Large Machine Learning Mod
 zero points are real numbers; here they are codes, so that any integer runtime can hold them, and
 the scales are fitted as well.
 
-Helps: where there are no data, or no time: a second for a ResNet-50. Does not: where data are to
-be had, `quantize.gptq` and `quantize.round` lose far less at 2 to 4 bits. Weights only: a file gets
-smaller, a runtime is faster only where it has a kernel for such weights.
+Helps: where there are no data, or no time, and far outliers; groups of 32 to 128 weights. Does not:
+with one scale for a channel of a convolution at 2 and 3 bits, whose large weights matter (a
+ResNet-20 at 3 bits: 72.7 on validation, rounded to nearest on `mse` grids 85.3, `quantize.gptq`
+91.2); where data are to be had, `quantize.gptq` and `quantize.round` lose far less. Weights only: a
+file gets smaller, a runtime is faster only where it has a kernel for such weights.
 
 Cost: `rounds` passes over the weights, no data, except with a `bias_correction`.
 """
