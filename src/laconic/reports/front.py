@@ -4,14 +4,15 @@ For settings of one model, such as bits, on two axes, such as bytes and accuracy
 as SVG, without a script; points that no other point beats in both are ringed.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from laconic.reports._page import COLOURS, escaped, page
 
-_LEFT, _TOP, _WIDTH, _HEIGHT, _FOOT = 64, 34, 820, 380, 44
-_TICKS = 6
+_LEFT, _TOP, _WIDTH, _HEIGHT, _FOOT = 64, 52, 820, 380, 44
+_TICKS = 7  # at most
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,17 @@ def _by_cost(point: Point) -> float:
 
 def _axes(front: Front, across: tuple[float, float], up: tuple[float, float]) -> str:
     made = ""
-    for tick in range(_TICKS + 1):
-        part = tick / _TICKS
-        x, y = _LEFT + _WIDTH * part, _TOP + _HEIGHT * (1 - part)
+    for value in ticks(*up):
+        y = _TOP + _HEIGHT * (1 - (value - up[0]) / (up[1] - up[0]))
         made += (
             f'<line x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>'
-            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">'
-            f"{up[0] + (up[1] - up[0]) * part:.4g}</text>"
-            f'<text x="{x:.1f}" y="{_TOP + _HEIGHT + 16}" text-anchor="middle">'
-            f"{across[0] + (across[1] - across[0]) * part:.4g}</text>"
+            f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.6g}</text>'
+        )
+    for value in ticks(*across):
+        x = _LEFT + _WIDTH * (value - across[0]) / (across[1] - across[0])
+        made += (
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_TOP + _HEIGHT}" stroke="#eee"/>'
+            f'<text x="{x:.1f}" y="{_TOP + _HEIGHT + 16}" text-anchor="middle">{value:.6g}</text>'
         )
     made += (
         f'<text x="{_LEFT + _WIDTH}" y="{_TOP + _HEIGHT + 36}" text-anchor="end">'
@@ -134,3 +137,16 @@ def _axes(front: Front, across: tuple[float, float], up: tuple[float, float]) ->
         f"{escaped(front.value)}</text>"
     )
     return made
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`, few enough to be read.
+
+    >>> ticks(61.6, 265.4)
+    [100.0, 150.0, 200.0, 250.0]
+    """
+    least = (high - low) / _TICKS
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(power * part for part in (1, 2, 5, 10) if power * part >= least)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [index * step for index in range(first, last + 1)]
