@@ -71,8 +71,7 @@ def runs(runtime: str, program: Program, folder) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("state", ["training", "frozen"])
+@pytest.mark.parametrize(("state", "symmetric"), [("training", True), ("frozen", False)])
 def test_grids_of_runs_are_exact_in_a_runtime(runtime, symmetric, state, tmp_path):
     program = grouped(symmetric)
     wanted = program.run_flat(*program.example)
@@ -137,8 +136,7 @@ class Products(nn.Module):
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (8, True), (4, False)])
 def test_products_with_groups_are_blocks_of_integers(runtime, bits, symmetric, tmp_path):
     torch.manual_seed(0)
     program = capture(Products().eval(), torch.randn(2, 5, 64)).clone()
