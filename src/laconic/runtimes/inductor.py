@@ -23,7 +23,13 @@ from torch import fx
 
 from laconic.core.errors import ExportError, first_line
 from laconic.forms import affine, levels
-from laconic.program.program import DEQUANTIZE, DYNAMIC_QUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, Program
+from laconic.program.program import (
+    DEQUANTIZE,
+    DYNAMIC_QUANTIZE,
+    FAKE_LEVELS,
+    FAKE_QUANTIZE,
+    Program,
+)
 from laconic.runtimes._binary_graph import replace_binary
 from laconic.runtimes._export import attribute, export, fetch, is_tensor, lower_weights
 from laconic.runtimes._inductor_int8 import missing, spell_activation, spell_weight
