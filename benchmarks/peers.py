@@ -2,7 +2,7 @@
 
 * the original in eager PyTorch, ONNX Runtime, OpenVINO fp32 and bf16;
 * `nncf.quantize` (int8) of the original in OpenVINO, with its defaults and with its best settings;
-* ONNX Runtime's `quantize_static` (int8) of the original, with its defaults and its best settings;
+* ONNX Runtime's int8 (`quantize_static`, `quantize_dynamic`), its defaults and its best settings;
 * Torch-Pruning at the same MACs.
 
 A *runner* is a callable that takes the list of input arrays and returns the list of output arrays.
@@ -146,10 +146,11 @@ def ort_int8(
     source: Path, made: Path, calibration: Sequence[Sequence[np.ndarray]], *,
     settings: str = "default",
 ) -> Path:  # fmt: skip
-    """ONNX Runtime's `quantize_static` of an ONNX file, batch norms fused first as it advises.
+    """ONNX Runtime's quantisation of an ONNX file, batch norms fused first as it advises.
 
-    `settings`: "default" (extremes, one scale a weight); "channels" (one a channel); "percentile",
-    "entropy" (ranges by these, a scale a channel).
+    `settings`: "default" (`quantize_static`: extremes, one scale a weight); "channels" (one a
+    channel); "percentile", "entropy" (ranges by these, a scale a channel); "dynamic"
+    (`quantize_dynamic`, which its documentation names for transformers).
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -172,6 +173,9 @@ def ort_int8(
 
     with quiet():
         quant_pre_process(source, fused, skip_symbolic_shape=True)
+        if settings == "dynamic":
+            quantization.quantize_dynamic(fused, made, per_channel=True)
+            return made
         quantization.quantize_static(
             fused, made, Reader(), quant_format=quantization.QuantFormat.QDQ,
             calibrate_method=rule, per_channel=settings != "default",

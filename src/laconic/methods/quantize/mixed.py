@@ -52,9 +52,9 @@ class QuantizeMixed(Method):
         bits: resolved: weight → its width, instead of measuring.
     """
 
-    quick: ClassVar[Mapping[str, Any]] = {"samples": 8, "widths": (3, 8), "mean_bits": 7.0}
+    quick: ClassVar[Mapping[str, Any]] = {"samples": 8, "widths": (3, 8), "mean_bits": 32.0}
 
-    mean_bits: float = Field(default=4.0, gt=1, le=16)
+    mean_bits: float = Field(default=4.0, gt=1, le=32)
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     harm: Literal["output", "fisher"] = "output"
     samples: int = Field(default=128, ge=1)
