@@ -7,7 +7,7 @@ tensor and keeps its zeros, because scaling, slicing and symmetric grids do.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, Self
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import FAKES, Program
 from laconic.program.sites import Sites
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.weight_sites import choose_sites, weight_sites
 from laconic.statistics.layers import Layer, layers
 
 Keep = dict[str, Tensor]
@@ -129,7 +129,7 @@ class Pruning:
                        for note in refused]  # fmt: skip
         tables = [site.name for site in found if site.lookup]
         self.notes += [f"{name}: a look-up table, its rows are not multiplied" for name in tables]
-        self.names = _chosen(program, sites, [site.name for site in found if not site.lookup])
+        self.names = choose_sites(program, sites, [site.name for site in found if not site.lookup])
         if not self.names:
             self.notes.append("nothing to prune: no weight multiplies an activation")
 
@@ -199,16 +199,3 @@ def _bare(program: Program) -> Program:
     made.propagate()
     made.recompile()
     return made
-
-
-def _chosen(program: Program, sites: Sites, names: Sequence[str]) -> list[str]:
-    """The selected names; a tied weight is in by any of its names, and out by any of them."""
-    barred = Sites(("*", *(p for p in sites.patterns if p.startswith("!"))))
-    every = {name: [name] for name in names}
-    for alias, name in program.aliases.items():
-        every.get(name, []).append(alias)
-    sites.choose([each for group in every.values() for each in group])
-    return [
-        name for name, group in every.items()
-        if any(sites.match(n) for n in group) and all(barred.match(n) for n in group)
-    ]  # fmt: skip
