@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from laconic.core.errors import SurgeryError
 from laconic.forms import operators as _form_operators  # registers laconic::*
+from laconic.program import choices as _choices  # registers laconic::choose
 from laconic.program.shapes import Shapes
 from laconic.program.signature import Signature
 
@@ -37,6 +38,7 @@ COMBINE = _form_operators.COMBINE
 VECTORS = _form_operators.VECTORS
 HASHED = _form_operators.HASHED
 MEMBER = _form_operators.MEMBER
+CHOOSE = _choices.CHOOSE
 FAKES = _form_operators.FAKES
 STORED = _form_operators.STORED
 

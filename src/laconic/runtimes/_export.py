@@ -13,6 +13,7 @@ from torch.export import Dim, ExportedProgram
 
 from laconic.core.errors import ExportError, first_line
 from laconic.forms import affine
+from laconic.program.choices import CHOOSE, spell_out
 from laconic.program.members import alone
 from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, STORED, Program
 
@@ -25,8 +26,8 @@ def lower_weights(
     Every fake-quantised *weight* becomes codes and `dequantize`; codes and zero points of every
     quantisation node get the 8-bit type their range asks for. Codebooks and other forms that no
     runtime knows become the tensors they stand for: exact, as large as before in the file. Of
-    several models that are stored together the chosen one is lowered. `before` may take out what a
-    runtime does have kernels for.
+    several models that are stored together the chosen one is lowered. A choice by row becomes a
+    `where`. `before` may take out what a runtime does have kernels for.
     """
     module = alone(program).clone().as_graph_module()
     if before is not None:
@@ -34,6 +35,9 @@ def lower_weights(
     for node in list(module.graph.nodes):
         if node.op == "placeholder":
             node.target = node.name  # they differ where an argument is called like a builtin
+        if node.target is CHOOSE:
+            spell_out(module.graph, node)
+            continue
         sources: Any = node.args[:3]
         stored = all(is_tensor(source) for source in sources)
         levels = node.target is FAKE_LEVELS and is_tensor(node.args[0])

@@ -1,4 +1,4 @@
-"""Concatenation and its reverse: cat, stack, split, chunk, unbind."""
+"""Concatenation and its reverse, and a choice by row: cat, stack, split, chunk, unbind, choose."""
 
 from itertools import accumulate
 
@@ -57,6 +57,16 @@ def unbind(see: Equations, node: fx.Node, a: Arguments) -> list[Dims]:
     return [(*x[:dim], *x[dim + 1 :])] * x[dim].size
 
 
+def choose(see: Equations, node: fx.Node, a: Arguments) -> Dims:
+    """Two of one shape, and a row's choice between them: all axes are shared."""
+    there = see.dims(a["there"])
+    for one, other in zip(there, see.dims(a["otherwise"]), strict=True):
+        see.same(one, other, node)
+    for row in see.dims(a["rows"]):
+        see.same(there[0], row, node)
+    return there
+
+
 ROWS: dict[str, Row] = {
     "aten.cat": cat,
     "aten.concat": cat,
@@ -67,4 +77,5 @@ ROWS: dict[str, Row] = {
     "aten.unsafe_chunk": split,
     "aten.tensor_split": split,
     "aten.unbind": unbind,
+    "laconic.choose": choose,
 }
