@@ -258,3 +258,23 @@ def test_attention_in_all_its_forms(module, tmp_path):
     model = _check(program, path, [batch(6), batch(3)])
     assert _operators(model).count("MatMul") == 2
     assert "IsNaN" not in _operators(model)
+
+
+def test_the_table_of_translations_is_read_once_and_never_written(tmp_path, monkeypatch):
+    from torch.onnx._internal.exporter import _registration
+
+    from laconic.runtimes import _onnx_registry
+
+    kind = _registration.ONNXRegistry
+    read = []
+    original = vars(kind)["from_torchlib"]
+    counted = classmethod(lambda cls, **k: read.append(k) or original.__func__(cls, **k))
+    monkeypatch.setattr(kind, "from_torchlib", counted)
+    monkeypatch.setattr(_onnx_registry, "_tables", {})
+    program = capture(nn.Sequential(nn.Linear(4, 3), nn.ReLU()), (torch.randn(2, 4),))
+    files = [write_onnx(program, tmp_path / f"{index}.onnx") for index in range(3)]
+    assert len(read) == 1
+    assert len({path.read_bytes() for path in files}) == 1
+    (table,) = _onnx_registry._tables.values()
+    assert "laconic::fake_quantize" not in table.functions
+    assert vars(kind)["from_torchlib"] is counted

@@ -20,6 +20,7 @@ from laconic.runtimes._export import export, lower_weights, quiet
 from laconic.runtimes._onnx_blocks import blocked_weights
 from laconic.runtimes._onnx_integers import integer_products
 from laconic.runtimes._onnx_operators import missing, own, refusals
+from laconic.runtimes._onnx_registry import remembered_table
 
 _IR = Any  # onnx_ir and onnxscript objects: loose stubs
 
@@ -52,7 +53,7 @@ def _translate(exported: ExportedProgram) -> _IR:
     from torch.onnx import OnnxExporterError
 
     def convert(table: dict[Any, Any]) -> _IR:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), remembered_table():
             made = torch.onnx.export(
                 exported,
                 dynamo=True,
