@@ -21,6 +21,8 @@ def cut(
     program: Program,
     keep: Mapping[str, Tensor | Sequence[int]],
     groups: Groups | None = None,
+    *,
+    checked: bool = True,
 ) -> tuple[Program, Changes]:
     """Keep only the given indices of the given groups.
 
@@ -31,6 +33,8 @@ def cut(
         program: left untouched; the result shares the tensors that did not change.
         keep: group name → indices that stay (any order, at least one). Groups not named stay whole.
         groups: what `groups(program)` returned, if it is at hand.
+        checked: run the result on fake tensors and compare shapes. Without it the graph's notes of
+            shapes are those of before; ten times as fast, for one of many cuts of the same groups.
 
     Returns:
         The smaller program, and tensor name → dimension → int64 positions that were kept, for
@@ -47,9 +51,8 @@ def cut(
     changes = _positions(groups.equations, kept)
     for name, dims in changes.items():
         result.set_tensor(name, sliced(program.tensor(name).detach(), dims))
-    _rewrite(
-        groups.equations, nodes, rewrites.Cut(result, nodes.__getitem__, kept, _sizes_of(kept))
-    )
+    step = rewrites.Cut(result, nodes.__getitem__, kept, _sizes_of(kept))
+    _rewrite(groups.equations, nodes, step, checked)
     return result, changes
 
 
@@ -117,12 +120,18 @@ def _positions(equations: Equations, kept: Mapping[Atom, Tensor]) -> Changes:
     }
 
 
-def _rewrite(equations: Equations, nodes: Mapping[fx.Node, fx.Node], step: rewrites.Cut) -> None:
+def _rewrite(
+    equations: Equations,
+    nodes: Mapping[fx.Node, fx.Node],
+    step: rewrites.Cut,
+    checked: bool = True,
+) -> None:
     for rewrite in equations.rewrites:
         rewrite.apply(step)
     step.program.recompile()
-    step.program.propagate()
-    _check(equations, nodes, step)
+    if checked:
+        step.program.propagate()
+        _check(equations, nodes, step)
 
 
 def _check(equations: Equations, nodes: Mapping[fx.Node, fx.Node], step: rewrites.Cut) -> None:

@@ -26,13 +26,17 @@ _CONVOLUTIONS: dict[int, Any] = {
 }
 
 
-def remove(program: Program, dropped: Sequence[Branch]) -> None:
-    """Let the stream go past these branches, in place; later branches of the list are followed."""
+def remove(program: Program, dropped: Sequence[Branch], *, checked: bool = True) -> None:
+    """Let the stream go past these branches, in place; later branches of the list are followed.
+
+    Without `checked` the shapes noted in the graph are not worked out anew.
+    """
     for branch in dropped:
         stream: Any = branch.total.args[branch.place]  # an earlier one may have replaced it
         branch.total.replace_all_uses_with(stream)
     surgery.remove_dead(program)
-    program.propagate()
+    if checked:
+        program.propagate()
     program.recompile()
 
 
