@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from laconic.engine import deploy
+from laconic.measuring import latency
+
 # Set before any package that would read them is imported: nothing here may use the network.
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(name, "1")
@@ -51,3 +54,10 @@ def _same_start() -> Iterator[None]:
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def short_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latencies of jobs are taken, but briefly: their values mean nothing."""
+    brief = latency.Plan(rounds=2, seconds=0.0, calls=2, rest=0.0, repeats=0)
+    monkeypatch.setattr(deploy, "BRIEF", brief)

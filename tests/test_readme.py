@@ -40,7 +40,7 @@ def test_every_verb_is_there_and_explains_itself():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_ten_lines_run(tmp_path, monkeypatch, generator):
+def test_the_ten_lines_run(tmp_path, monkeypatch, generator, short_turns):
     """On a small network that learns which of two halves of a vector is larger."""
     monkeypatch.chdir(tmp_path)
     x = torch.randn(1_400, 16, generator=generator)

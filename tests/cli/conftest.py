@@ -7,8 +7,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from laconic.cli import app
-from laconic.engine import deploy
-from laconic.measuring import latency
 
 TASK = """
 import torch
@@ -57,10 +55,8 @@ def task_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def laconic(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def laconic(short_turns: None) -> Callable[..., Result]:
     """Runs the command in process; latencies are taken, but briefly."""
-    brief = latency.Plan(rounds=2, seconds=0.0, calls=2, rest=0.0, repeats=0)
-    monkeypatch.setattr(deploy, "BRIEF", brief)
 
     def run(*args: object) -> Result:
         return CliRunner().invoke(app, [str(arg) for arg in args], env={"COLUMNS": "200"})
