@@ -2,28 +2,32 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from laconic import storage
+from laconic.core.errors import RecipeError
 from laconic.core.progress import SILENT, Progress
 from laconic.core.task import Loader, Task
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import teacher as teachers
+from laconic.solvers.held_out import divergence, figures_of, score_of, turned
 from laconic.solvers.setting import Setting
-from laconic.statistics.batches import told_nothing
+from laconic.statistics.batches import check_inputs, told_nothing
+from laconic.training import losses
 from laconic.training.checkpoint import identity_of
-from laconic.training.distillation import Distillation, Kind, kind_for
-from laconic.training.evaluation import labelled, mean_loss, mean_score
+from laconic.training.distillation import Compare, Distillation, Kind, kind_for
 from laconic.training.loop import Job, Objective, Trained, train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 from laconic.training.taps import matched, tapped
+from laconic.training.teacher import Voice
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,31 +89,76 @@ class Learned:
     figures: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Inside:
+    """What is compared inside student and teacher, and what is trained for that beside the student.
+
+    Attributes:
+        ours: nodes of the student's graph, as it is while it trains.
+        theirs: as many nodes of the teacher's.
+        nodes: the pairs that were chosen, as an option.
+        compare: the loss of their values.
+        beside: names of tensors that are trained with the student and thrown away.
+        resolved: further options that were decided.
+    """
+
+    ours: Sequence[str] = ()
+    theirs: Sequence[str] = ()
+    nodes: Mapping[str, str] = field(default_factory=dict[str, str])
+    compare: Compare = losses.features
+    beside: Sequence[str] = ()
+    resolved: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
 class Learning(Plan):
     """How to train towards the original Program's outputs; training methods inherit these fields.
 
     Attributes:
-        loss: between outputs: "kl" of softened distributions over the last dimension, "mse"
-            (relative to the original's mean square), "cosine"; "auto": cosine for embeddings, mse
-            for regression, kl elsewhere.
+        loss: between outputs: "kl" of softened distributions over the last dimension, "dkd" (the
+            same, with the divergence among the classes that are not the target weighed by itself),
+            "mse" (relative to the original's mean square), "cosine"; "auto": cosine for embeddings,
+            mse for regression, kl elsewhere.
         temperature: of the softened distributions.
+        dkd_alpha: for dkd, weight of the target class. The target is the label, and without labels
+            what the teacher decides on.
+        dkd_beta: for dkd, weight of the other classes.
         alpha: share of the soft targets; the rest goes to hard ones. 1 needs no labels.
         hard: where hard targets come from: the labels with the task's loss, or the original's own
             decisions.
+        positions: of outputs with many positions (tokens), where soft targets count: "all" (padding
+            never does), "labelled" (where the target is not `ignore`), or a share such as 0.3: that
+            part of a batch where student and teacher differ most.
+        ignore: the target of positions without a label.
         features: weight of the feature loss; 0 compares outputs only.
         nodes: what it compares: names or globs of graph nodes that both have in equal shape, or
             pairs {node: the original's node}; None takes up to eight sums (ends of blocks).
+        teachers: `.laconic` files of Programs to learn from in place of the original; what several
+            say is averaged, as probabilities. They take the program's inputs and give outputs of
+            its shape. Features are the first one's.
         teacher: what runs the original: "torch", or a runtime, which is several times faster on a
             CPU; "auto" takes OpenVINO on a CPU where it pays and nothing stands in its way.
+        watch: what chooses the best state on validation data and ends training (`patience`):
+            "score" (without labels the loss), or "divergence" from the teacher, which is measured
+            in any case and shows when the training data are being learned by heart.
     """
 
-    loss: Literal["auto", "kl", "mse", "cosine"] = "auto"
+    loss: Literal["auto", "kl", "dkd", "mse", "cosine"] = "auto"
     temperature: float = Field(default=4.0, gt=0)
+    dkd_alpha: float = Field(default=1.0, ge=0)
+    dkd_beta: float = Field(default=2.0, ge=0)
     alpha: float = Field(default=1.0, ge=0, le=1)
     hard: Literal["labels", "teacher"] = "labels"
+    positions: Literal["all", "labelled"] | Annotated[float, Field(gt=0, le=1)] = "all"
+    ignore: int = -100
     features: float = Field(default=0.0, ge=0)
     nodes: tuple[str, ...] | dict[str, str] | None = None
+    teachers: tuple[str, ...] = ()
     teacher: Literal["auto", "torch", "openvino", "onnxruntime"] = "auto"
+    watch: Literal["score", "divergence"] = "score"
+
+    def files(self) -> Sequence[str]:
+        """The teachers' files."""
+        return self.teachers
 
     def learn(
         self,
@@ -120,7 +169,7 @@ class Learning(Plan):
         around: Callable[[Objective], Objective] | None = None,
         **more: Any,
     ) -> Learned:
-        """Train `student` in place towards `course.original`.
+        """Train `student` in place towards `course.original`, or towards `teachers`.
 
         Args:
             program: what the step was given; only identifies the run.
@@ -132,26 +181,33 @@ class Learning(Plan):
 
         Raises:
             DataError: no training data, or data that do not fit.
+            RecipeError: teachers that take other inputs; nodes that cannot be matched.
+            StorageError: a teacher's file cannot be read.
             TrainingError: the loss diverged at once, or outputs differ in shape.
         """
         plan = self.plan().settled(student, course.device, Processes.current().count)
-        pairs = self._pairs(student, course)
+        wise = self._wise(student, course)
         told = [self.model_dump(mode="json"), list(names), course.seed]
-        own = identity_of(told, [program, course.original]) if course.folder else ""
+        own = identity_of(told, [program, *wise]) if course.folder else ""
         looking = _Looking()
         with ExitStack() as stack:
+            outputs = _outputs(student)
+            inside = self.inside(stack, student, wise[0], course) if self.features else Inside()
             objective, runs_in, notes = self._objective(
-                stack, student, course, plan, pairs, looking
+                stack, student, outputs, wise, course, plan, inside, looking
             )
-            stack.enter_context(_only(student, names))
-            stack.enter_context(tapped(student, list(pairs)))
+            trained_too = [*names, *inside.beside]
+            stack.enter_context(_only(student, trained_too))
+            stack.enter_context(tapped(student, inside.ours))
+            apart = divergence(objective)
             job = Job(
                 program=student,
-                names=names,
+                names=trained_too,
                 objective=around(objective) if around else objective,
                 loader=course.loader,
                 plan=plan,
-                score=_score(objective, course.device),
+                score=score_of(objective, self.watch),
+                watch=apart if self.watch == "score" else None,
                 seed=course.seed,
                 device=course.device,
                 progress=course.progress,
@@ -161,30 +217,48 @@ class Learning(Plan):
             )
             trained = train(job)
         decided = trained.plan.model_dump(mode="json", exclude={"save_every"})
-        resolved = {**decided, "loss": objective.kind, "teacher": runs_in}
-        if pairs:
-            resolved["nodes"] = pairs
+        resolved = {**decided, "loss": objective.kind, "teacher": runs_in, **inside.resolved}
+        if inside.nodes:
+            resolved["nodes"] = dict(inside.nodes)
+        figures = figures_of(trained, course.task, self.watch)
         return Learned(
             trained=trained,
             resolved=resolved,
-            notes=[*notes, *trained.notes, *looking.notes()],
-            figures=_figures(trained, course.task),
+            notes=[*notes, *trained.notes, *looking.notes(), *turned(figures)],
+            figures=figures,
         )
+
+    def inside(
+        self, stack: ExitStack, student: Program, teacher: Program, course: Course
+    ) -> Inside:
+        """What is compared inside; a method with losses of its own says what in its place.
+
+        Args:
+            stack: undoes, when training is over, what was done to the student's graph.
+            student: the program in training.
+            teacher: the first teacher; not to be changed.
+            course: what is learned from.
+        """
+        del stack, course
+        pairs = matched(student, teacher.clone(), self.nodes)
+        return Inside(ours=list(pairs), theirs=list(pairs.values()), nodes=pairs)
 
     def _objective(
         self,
         stack: ExitStack,
         student: Program,
+        outputs: int,
+        wise: Sequence[Program],
         course: Course,
         plan: Plan,
-        pairs: Mapping[str, str],
+        inside: Inside,
         looking: "_Looking",
     ) -> tuple[Distillation, str, list[str]]:
-        """What is minimised, what runs the original, and what to know about that."""
+        """What is minimised, what runs the teachers, and what to know about that."""
         lesson = teachers.Lesson(
-            original=course.original,
+            programs=wise,
             plan=plan,
-            taps=list(pairs.values()),
+            taps=inside.theirs,
             loader=course.loader,
             device=course.device,
             seed=course.seed,
@@ -195,13 +269,18 @@ class Learning(Plan):
             task=course.task,
             student=student,
             teacher=taught,
-            outputs=_outputs(student),
+            outputs=outputs,
             device=course.device,
             kind=kind,
             temperature=self.temperature,
+            weights=(self.dkd_alpha, self.dkd_beta),
             alpha=self.alpha,
             hard=self.hard,
-            features=self.features if pairs else 0.0,
+            features=self.features if inside.ours else 0.0,
+            positions=self.positions,
+            ignore=self.ignore,
+            voices=[Voice(one.signature.arrange, _outputs(one)) for one in wise],
+            compare=inside.compare,
             seen=looking,
         )
         return objective, runs_in, notes
@@ -210,10 +289,23 @@ class Learning(Plan):
         """The fields of the plan alone."""
         return Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
 
-    def _pairs(self, student: Program, course: Course) -> dict[str, str]:
-        if self.features == 0:
-            return {}
-        return matched(student, course.original.clone(), self.nodes)
+    def _wise(self, student: Program, course: Course) -> list[Program]:
+        """The Programs that are learned from."""
+        found = [storage.load(Path(path)) for path in self.teachers]
+        for path, one in zip(self.teachers, found, strict=True):
+            _check_teacher(one, student, Path(path).name)
+        return found or [course.original]
+
+
+def _check_teacher(teacher: Program, student: Program, name: str) -> None:
+    theirs, ours = len(teacher.placeholders), len(student.placeholders)
+    if theirs != ours:
+        raise RecipeError(
+            f"takes {theirs} inputs, the program {ours}",
+            where=f"teacher {name}",
+            hint="a teacher is given the program's own inputs",
+        )
+    check_inputs(teacher, student.example, f"teacher {name}, the program's example inputs")
 
 
 class _Looking:
@@ -246,44 +338,6 @@ def trainable(program: Program, sites: Sites) -> list[str]:
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     ]
     return sites.choose(floats)
-
-
-def _figures(trained: Trained, task: Task) -> dict[str, Any]:
-    sign = 1.0 if task.higher_is_better else -1.0
-    unit = sign * task.scale if labelled(task) else -1.0
-
-    def shown(score: float | None) -> float | None:
-        return None if score is None else unit * score
-
-    history = [
-        {"step": step, "loss": loss, "score": shown(score)}
-        for step, loss, score in trained.evaluations
-    ]
-    return {
-        "steps": trained.plan.steps,
-        "best_step": trained.best_step,
-        "score": shown(trained.score),
-        "history": history,
-        "seconds": trained.seconds,
-    }
-
-
-def _score(objective: Distillation, device: torch.device) -> Callable[[Program, str], float] | None:
-    """The validation metric, higher is better; without labels the loss; None without data."""
-    task = objective.task
-    validation = task.validation
-    if validation is None:
-        return None
-    measured = labelled(task)
-
-    def score(program: Program, precision: str) -> float:
-        shared = Processes.current()
-        if not measured:
-            return -mean_loss(program, objective, validation, device, precision, shared)
-        mean = mean_score(program, task, validation, device, precision, shared)
-        return mean if task.higher_is_better else -mean
-
-    return score
 
 
 def _outputs(program: Program) -> int:

@@ -1,11 +1,11 @@
-"""Who runs the original during distillation: torch, or a runtime that is faster on a CPU."""
+"""Who runs the teachers during distillation: torch, or a runtime that is faster on a CPU."""
 
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from laconic.core.task import Loader
 from laconic.program.program import Program
 from laconic.training.feed import Feed
 from laconic.training.plan import Plan
-from laconic.training.teacher import Original, Remembered, Teacher
+from laconic.training.teacher import Original, Remembered, Several, Teacher
 
 Wish = Literal["auto", "torch", "openvino", "onnxruntime"]
 _FEW_STEPS = 100  # below that, writing and loading a file costs more than it saves
@@ -37,9 +37,12 @@ class Deployed:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher is wanted for: the original, its intermediate values `taps`, how long."""
+    """What teachers are wanted for: who they are, values `taps` inside the first, how long.
 
-    original: Program
+    A teacher of several Programs gives the outputs of one behind those of another.
+    """
+
+    programs: Sequence[Program]
     plan: Plan
     taps: Sequence[str]
     loader: Loader
@@ -57,18 +60,27 @@ def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, li
         ExportError: the wished runtime cannot run the original.
     """
     notes: list[str] = []
-    teacher: Teacher | None = None
     name = wish if wish != "auto" else _choice(lesson)
+    teachers: list[Teacher] = []
     if name != "torch":
         try:
-            teacher = _deployed(stack, name, lesson)
+            teachers = [_deployed(stack, name, lesson, one) for one in lesson.programs]
         except (ExportError, MissingExtra) as error:
             if wish != "auto":
                 raise
             notes.append(f"the original runs in torch, because {name} cannot: {error}")
             name = "torch"
-    if teacher is None:
-        teacher = Original(lesson.original, lesson.taps, lesson.device, lesson.plan.precision)
+    if not teachers:
+        device, precision = lesson.device, lesson.plan.precision
+        wanted = [lesson.taps, *[()] * (len(lesson.programs) - 1)]
+        teachers = [
+            Original(one, taps, device, precision)
+            for one, taps in zip(lesson.programs, wanted, strict=True)
+        ]
+    teacher = teachers[0]
+    if len(teachers) > 1:
+        flat: Any = lesson.programs[0].output_node.args[0]
+        teacher = Several(teachers, len(flat))
     if isinstance(lesson.loader, (list, tuple)) and lesson.loader:
         teacher = Remembered(teacher, len(lesson.loader))
     return teacher, name, notes
@@ -86,7 +98,7 @@ def _choice(lesson: Lesson) -> str:
     return "openvino" if steps >= _FEW_STEPS else "torch"
 
 
-def _deployed(stack: ExitStack, name: str, lesson: Lesson) -> Teacher:
+def _deployed(stack: ExitStack, name: str, lesson: Lesson, program: Program) -> Teacher:
     if lesson.taps:
         raise ExportError(
             "a runtime gives outputs only, and features were asked for",
@@ -97,8 +109,8 @@ def _deployed(stack: ExitStack, name: str, lesson: Lesson) -> Teacher:
         raise ExportError(f"{name} runs on the CPU, training on {lesson.device}", where="teacher")
     runtime = runtimes.get(name)
     precision: runtimes.Precision = "bf16" if lesson.plan.precision == "bf16" else "fp32"
-    if runtime.check(lesson.original, precision):
+    if runtime.check(program, precision):
         precision = "fp32"
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laconic-teacher-")))
-    path = runtime.write(lesson.original, folder / f"teacher{runtime.suffix}", precision)
+    path = runtime.write(program, folder / f"teacher{runtime.suffix}", precision)
     return Deployed(runtime.load(path, precision, torch.get_num_threads()))

@@ -64,6 +64,7 @@ class Job:
         plan: how.
         score: the Program's score, higher is better; None keeps the last state. It is called with
             the settled plan's precision.
+        watch: a second number, taken down with every score and judging nothing.
         folder: where the state is kept; None keeps none.
         identity: what run this is; a state on disk is taken up only by the same one, on data that
             begin with the same batch (where looking at it does not count as a pass).
@@ -77,6 +78,7 @@ class Job:
     loader: Loader
     plan: Plan
     score: Callable[[Program, str], float] | None = None
+    watch: Callable[[Program, str], float] | None = None
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Progress = SILENT
@@ -95,6 +97,7 @@ class Trained:
         best_step: the step whose state was kept.
         score: its score; None without a validation.
         evaluations: (step, mean training loss since the last one, score).
+        watched: what was watched, a number for each evaluation; empty if nothing was.
         seconds: training time, over all sessions of a resumed run.
         notes: what a person should know, one sentence each.
     """
@@ -105,6 +108,7 @@ class Trained:
     evaluations: Sequence[tuple[int, float | None, float | None]]
     seconds: float
     notes: Sequence[str]
+    watched: Sequence[float] = ()
 
 
 def train(job: Job) -> Trained:
@@ -160,6 +164,7 @@ class _Run:
         self.forward = self._forward()
         self.notes: list[str] = []
         self.recent: list[float] = []  # losses since the last evaluation
+        self.seen = 0.0  # what was watched at the last evaluation
         self.started = self.saved = time.perf_counter()
 
     def _forward(self) -> Forward:
@@ -299,6 +304,8 @@ class _Run:
     def _evaluate(self) -> float:
         assert self.job.score is not None
         with self.state.averaged():
+            if self.job.watch is not None:
+                self.seen = self.job.watch(self.job.program, self.plan.precision)
             return self.job.score(self.job.program, self.plan.precision)
 
     def _judge(self) -> None:
@@ -315,6 +322,8 @@ class _Run:
 
     def _judged(self, loss: float | None, score: float | None) -> None:
         self.state.evaluations.append((self.state.step, loss, score))
+        if self.job.watch is not None and score is not None:
+            self.state.watched.append(self.seen)
         if self.state.attendant.judged(self.state.step):
             self.state.judge(score)
 
@@ -398,4 +407,5 @@ class _Run:
             evaluations=self.state.evaluations,
             seconds=self.state.seconds + time.perf_counter() - self.started,
             notes=self.notes,
+            watched=self.state.watched,
         )

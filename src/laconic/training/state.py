@@ -24,6 +24,7 @@ class State:
         worse: evaluations since then.
         ended: whether to stop before the last step.
         evaluations: (step, mean loss since the last one, score).
+        watched: the second number of each evaluation, if one was taken.
         seconds: time spent in earlier sessions.
         attendant: whoever takes part in the run, once its length is known.
     """
@@ -45,6 +46,7 @@ class State:
         self.best_score: float | None = None
         self.ended = False
         self.evaluations: list[tuple[int, float | None, float | None]] = []
+        self.watched: list[float] = []
         self.seconds = 0.0
         self.attendant = Attendant()
 
@@ -145,6 +147,7 @@ class State:
             "worse": self.worse,
             "ended": self.ended,
             "evaluations": self.evaluations,
+            "watched": self.watched,
         }
         return Checkpoint(identity, tensors, state)
 
@@ -163,4 +166,5 @@ class State:
         self.best_score, self.worse = state["best_score"], state["worse"]
         self.ended = state["ended"]
         self.evaluations = [tuple(entry) for entry in state["evaluations"]]  # type: ignore[misc]
+        self.watched = list(state.get("watched", []))
         return state

@@ -1,7 +1,9 @@
-"""What the original model says about a batch."""
+"""What the original model, or any other teacher, says about a batch."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,34 @@ from laconic.training.taps import tapped
 
 Teacher = Callable[[Sequence[Tensor], int], list[Tensor]]
 """Flat inputs and the number of the batch → flat outputs, then the values of the tapped nodes."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How one teacher's flat outputs are read.
+
+    Attributes:
+        arrange: nests its flat outputs as its model gave them.
+        outputs: how many there are.
+    """
+
+    arrange: Callable[[Sequence[Tensor]], Any]
+    outputs: int
+
+
+class Several:
+    """Several teachers as one: the outputs of each, then the tapped values of the first."""
+
+    def __init__(self, teachers: Sequence[Teacher], outputs: int) -> None:
+        """`outputs`: how many the first one has."""
+        self._teachers = teachers
+        self._outputs = outputs
+
+    def __call__(self, flat: Sequence[Tensor], number: int) -> list[Tensor]:
+        """Outputs of all, then tapped values."""
+        first, *others = (teacher(flat, number) for teacher in self._teachers)
+        further = [value for values in others for value in values]
+        return [*first[: self._outputs], *further, *first[self._outputs :]]
 
 
 class Original:

@@ -80,8 +80,8 @@ class Rewind(Learning, Method):
         return self
 
     def files(self) -> Sequence[str]:
-        """The early state, if it comes from a file."""
-        return () if self.initial is None else (self.initial,)
+        """The teachers' files, and the early state, if it comes from one."""
+        return (*super().files(), *(() if self.initial is None else (self.initial,)))
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
         """Prune and train a copy, round by round.
