@@ -151,7 +151,7 @@ def _store(program: Program, node: fx.Node, value: Any) -> None:
     """Replace a node by a stored tensor, unless that would make the file much larger."""
     if not isinstance(value, Tensor) or not _is_worth_it(program, node, value):
         return
-    name = program.add_tensor(f"constants.{node.name}", value.clone().contiguous())
+    name = program.add_tensor(f"constants.{node.name}_value", value.clone().contiguous())
     with program.graph.inserting_before(node):
         made = program.graph.get_attr(name)
     made.meta = dict(node.meta)
