@@ -103,15 +103,42 @@ def compensate(
         for norm in norms(small)
         if recalibrate and norm.source in drifted and norm.node not in rewritten
     ]
-    work = _Work(dense, small, changes, batches, seed, report, holds)
-    order = work.behind.order.place
-    jobs: list[Place | Norm] = [*places, *loose]
-    jobs.sort(key=lambda job: order[job.layer.node if isinstance(job, Place) else job.node])
-    for job in progress.track(jobs, "compensating", len(jobs)):
-        if isinstance(job, Place):
-            work.refit(job, [other for other in places if other is not job])
-        else:
-            work.recalibrate(job)
+    twin = dict(zip(small.graph.nodes, dense.graph.nodes, strict=True))
+    work = _Work(dense, small, changes, batches, seed, report, holds, twin)
+    work.run(places, loose, progress)
+    return report
+
+
+@torch.no_grad()
+def towards(
+    dense: Program,
+    small: Program,
+    goals: Mapping[str, str],
+    batches: Sequence[Sequence[Tensor]],
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Report:
+    """Refit `small`, from which whole layers are gone, in place against `dense`.
+
+    Args:
+        dense: the program before, in eval mode.
+        small: another graph, whose nodes of `goals` have the shapes of their twins.
+        goals: sums of `small` → the sums of `dense` that they are to equal; in both in graph order.
+            What is added there is refitted where it is a linear map or a convolution.
+        batches: flat inputs, all under way at once in both programs.
+        seed: of the choice of positions that serve as rows.
+        progress: moved on by one for each layer.
+    """
+    report, by_source = Report(), {norm.node: norm for norm in norms(small)}
+    named = {node.name: node for node in dense.graph.nodes}
+    found = [_place(x, by_source) for x in layers(small) if x.groups == 1 and not x.shared]
+    places = [place for place in found if place.anchor.name in goals]
+    rewritten = {place.norm.node for place in places if place.norm is not None}
+    loose = [norm for norm in norms(small) if norm.node not in rewritten]
+    twin = {place.anchor: named[goals[place.anchor.name]] for place in places}
+    work = _Work(dense, small, {}, batches, seed, report, {}, twin)
+    work.run(places, loose if places else [], progress)
     return report
 
 
@@ -127,12 +154,22 @@ class _Work:
         seed: int,
         report: Report,
         holds: Mapping[str, Hold],
+        twin: Mapping[fx.Node, fx.Node],
     ) -> None:
         self.small, self.changes, self.seed, self.report = small, changes, seed, report
-        self.holds = holds
+        self.holds, self.twin = holds, twin
         self.ahead, self.behind = Convoy(dense, batches), Convoy(small, batches)
-        self.twin = dict(zip(small.graph.nodes, dense.graph.nodes, strict=True))
         self.fitted: set[fx.Node] = set()
+
+    def run(self, places: Sequence[Place], loose: Sequence[Norm], progress: Progress) -> None:
+        order = self.behind.order.place
+        jobs: list[Place | Norm] = [*places, *loose]
+        jobs.sort(key=lambda job: order[job.layer.node if isinstance(job, Place) else job.node])
+        for job in progress.track(jobs, "compensating", len(jobs)):
+            if isinstance(job, Place):
+                self.refit(job, [other for other in places if other is not job])
+            else:
+                self.recalibrate(job)
 
     def recalibrate(self, norm: Norm) -> None:
         self.behind.before(norm.node)
