@@ -1,0 +1,1 @@
+"""Starting a network from what another one knows."""

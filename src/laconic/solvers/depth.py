@@ -1,0 +1,209 @@
+"""Layers of a network that repeat: which ones there are, which stay, and taking the others out.
+
+A layer is a run of residual branches of one stream that lie under one module: a residual block, or
+attention and perceptron of a transformer. What stands behind the sum of every such branch, a norm
+or an activation that the stream has passed through before as well, leaves together with it. Layers
+that follow each other on one stream are a chain: a stage of a ResNet, an encoder.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import floor
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from laconic.core.errors import RecipeError
+from laconic.core.suggest import nearest
+from laconic.program import surgery
+from laconic.program.equations import operator_name
+from laconic.program.program import Program
+from laconic.program.sites import Sites
+from laconic.solvers.residual import Branch, branches
+
+Spread = Literal["even", "alternate", "first", "last"]
+Amount = int | float
+_PASSING = ("aten.dropout", "aten.clone", "aten.contiguous")
+_NORMS = ("aten.layer_norm", "aten.batch_norm", "aten.rms_norm", "aten.group_norm")
+
+
+@dataclass(frozen=True)
+class DeepLayer:
+    """One layer of a chain.
+
+    Attributes:
+        name: its module path.
+        branches: its residual branches, in graph order.
+        exit: the node that gives the stream behind it.
+    """
+
+    name: str
+    branches: tuple[Branch, ...]
+    exit: fx.Node
+
+    @property
+    def total(self) -> fx.Node:
+        """The last sum."""
+        return self.branches[-1].total
+
+
+Chain = list[DeepLayer]
+
+
+def chains(program: Program) -> list[Chain]:
+    """The layers that could be left out, chain by chain in graph order; shapes are propagated."""
+    runs: list[list[Branch]] = []
+    ends: dict[fx.Node, list[Branch]] = {}
+    for branch in branches(program):
+        run = ends.pop(_through(branch.stream), None)
+        if run is None:
+            run = []
+            runs.append(run)
+        run.append(branch)
+        ends[_exit(branch)] = run
+    return [_layered(run) for run in runs]
+
+
+def places(count: int, of: int, spread: Spread) -> list[int]:
+    """Which `count` of `of` layers stay: ascending positions.
+
+    "even" takes both ends and what lies evenly between, "alternate" the first of every run of equal
+    length, "first" and "last" what they say.
+    """
+    if spread == "even":
+        return [round(index * (of - 1) / max(count - 1, 1)) for index in range(count)]
+    if spread == "alternate":
+        return [index * of // count for index in range(count)]
+    return list(range(count) if spread == "first" else range(of - count, of))
+
+
+def staying(
+    found: Sequence[Chain],
+    wanted: Amount | Mapping[str, Amount] | Sequence[int | str],
+    spread: Spread,
+    sites: Sites,
+) -> list[str]:
+    """Names of the layers that stay, of every chain.
+
+    Args:
+        found: the chains of a program.
+        wanted: how many layers of each chain stay, or which share of it (rounded down); the same
+            by glob over the layers' names; or the layers themselves, by name or by position.
+        spread: which ones, where a number is given.
+        sites: layers that are not selected stay.
+
+    Raises:
+        RecipeError: more layers than there are, or names and positions that no layer has.
+    """
+    names = [layer.name for chain in found for layer in chain]
+    free = [name for name in names if sites.match(name)]
+    if isinstance(wanted, (int, float)):
+        wanted = {"*": wanted}
+    if not isinstance(wanted, Mapping):
+        listed = {_named(one, names) for one in wanted}
+        return [name for name in names if name in listed or name not in free]
+    left = list(free)
+    gone: set[str] = set()
+    for pattern, amount in wanted.items():
+        chosen = Sites.of(pattern).choose(left)
+        left = [name for name in left if name not in chosen]
+        for chain in found:
+            own = [layer.name for layer in chain if layer.name in chosen]
+            kept = {own[place] for place in places(_count(amount, own), len(own), spread)}
+            gone |= set(own) - kept
+    return [name for name in names if name not in gone]
+
+
+def keep_only(program: Program, found: Sequence[Chain], kept: Sequence[str]) -> None:
+    """Let the stream go past every layer that is not in `kept`, in place."""
+    for chain in found:
+        for layer in chain:
+            if layer.name not in kept:
+                first = layer.branches[0]
+                stream: Any = first.total.args[first.place]  # a layer before may have left
+                layer.exit.replace_all_uses_with(stream)
+    surgery.remove_dead(program)
+    program.propagate()
+    program.recompile()
+
+
+def goals(found: Sequence[Chain], kept: Sequence[str]) -> dict[str, str]:
+    """What each layer that stays has to give now: its last sum → the sum it stands in for.
+
+    A layer stands in for itself and for those that left behind it; node names. Layers of a chain
+    from which nothing has left so far are not among them.
+    """
+    wanted: dict[str, str] = {}
+    for chain in found:
+        stay = [place for place, layer in enumerate(chain) if layer.name in kept]
+        ends = [place - 1 for place in stay[1:]] + [len(chain) - 1]
+        whole = stay[:1] == [0]
+        for place, end in zip(stay, ends, strict=True) if stay else ():
+            whole = whole and place == end
+            if not whole:
+                wanted[chain[place].total.name] = chain[end].total.name
+    return wanted
+
+
+def _count(amount: Amount, names: Sequence[str]) -> int:
+    if isinstance(amount, float):
+        return floor(amount * len(names) + 1e-9)
+    if names and amount > len(names):
+        raise RecipeError(
+            f"{amount} layers are to stay, the chain from {names[0]} to {names[-1]} has "
+            f"{len(names)}",
+            where="layers",
+        )
+    return min(amount, len(names))
+
+
+def _named(one: int | str, names: Sequence[str]) -> str:
+    if isinstance(one, str) and one in names:
+        return one
+    if isinstance(one, int) and -len(names) <= one < len(names):
+        return names[one]
+    hint = nearest(str(one), names) if names else "no residual branch was found"
+    raise RecipeError(f"no layer {one!r} among {len(names)}", where="layers", hint=hint)
+
+
+def _through(node: fx.Node) -> fx.Node:
+    """The node whose value this one passes on."""
+    while node.op == "call_function" and operator_name(node) in _PASSING:
+        (node,) = node.all_input_nodes
+    return node
+
+
+def _exit(branch: Branch) -> fx.Node:
+    """The sum, or the norm or activation behind it, if what gives the stream is one like it."""
+    total, before = branch.total, _through(branch.stream)
+    readers = list(total.users)
+    if len(readers) != 1 or before.op != "call_function" or readers[0].op != "call_function":
+        return total
+    (reader,) = readers
+    name = operator_name(reader)
+    stored = [source for source in reader.all_input_nodes if source.op != "get_attr"]
+    pointwise = torch.Tag.pointwise in getattr(reader.target, "tags", ())
+    alike = name == operator_name(before) and (name in _NORMS or pointwise)
+    same = reader.meta.get("shape") == total.meta.get("shape")
+    return reader if alike and same and stored == [total] else total
+
+
+def _layered(run: Sequence[Branch]) -> Chain:
+    """The branches of one stream, those under one module together."""
+    paths = [branch.name.split("~")[0].split(".") for branch in run]
+    shared = 0
+    while all(len(p) > shared and p[: shared + 1] == paths[0][: shared + 1] for p in paths):
+        shared += 1
+    if any(len(path) == shared for path in paths):  # one of them is the module above the others
+        shared = max(shared - 1, 0)
+    chain: Chain = []
+    for branch, path in zip(run, paths, strict=True):
+        name = ".".join(path[: shared + 1])
+        if chain and chain[-1].name == name and "~" not in branch.name:
+            held = (*chain.pop().branches, branch)
+        else:
+            held = (branch,)
+        taken = any(layer.name == name for layer in chain)
+        chain.append(DeepLayer(branch.name if taken else name, held, _exit(branch)))
+    return chain
