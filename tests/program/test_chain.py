@@ -88,6 +88,14 @@ class Folded(nn.Module):
         return CHOOSE(unsure(x), there, x) + tokens.sum()
 
 
+class Whole(nn.Module):
+    """The body reads a value that has no rows, the mean over the batch: all rows count in it."""
+
+    def forward(self, x):
+        mean = x.mean(0)
+        return CHOOSE(unsure(x), (x - mean).relu(), x) + mean
+
+
 def images(size):
     return (torch.randn(size, 3, 9, 9),)
 
@@ -107,6 +115,7 @@ MODELS = {
     "cascade": (Cascade, text, 2, 1),
     "empty": (Empty, rows, 2, 1),
     "folded": (Folded, rows, 1, 0),
+    "whole": (Whole, rows, 3, 1),
 }
 
 

@@ -1,13 +1,17 @@
 """`laconic export`: a `.laconic` file (or a task file's model) for a runtime."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from laconic.cli._app import Debug, Member, Threads, verb
 from laconic.core.errors import ExportError
 from laconic.core.suggest import nearest
+
+if TYPE_CHECKING:
+    from laconic.program.program import Program
+    from laconic.runtimes.base import Runner
 
 _KINDS = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "inductor"}
 
@@ -34,9 +38,10 @@ def export(
         )
     from laconic import runtimes
     from laconic.cli._load import member_of, program_of
-    from laconic.engine.deploy import noise, write_inductor
-    from laconic.engine.files import pick_precision
-    from laconic.measuring.parity import parity
+    from laconic.engine.deploy import write_inductor
+    from laconic.engine.files import pick_precision, write_chain
+    from laconic.runtimes._chain import files as chain_files
+    from laconic.runtimes._chain import load as load_chain
 
     program = member_of(program_of(file), model)
     engine = runtimes.get(_KINDS[to])
@@ -46,14 +51,24 @@ def export(
         path = write_inductor(program, path, kind, threads, None)
     else:
         path = engine.write(program, path, kind)
-    for each in engine.files(path):
+    _check(program, path, engine.files(path), engine.load(path, kind, threads), kind)
+    chain = write_chain(program, path, engine, kind, threads)
+    if chain is not None:
+        _check(program, chain, chain_files(chain), load_chain(chain, engine, threads), kind)
+
+
+def _check(program: "Program", path: Path, files: list[Path], runner: "Runner", kind: str) -> None:
+    """Tell what was written and compare it with the Program."""
+    from laconic.engine.deploy import noise
+    from laconic.measuring.parity import parity
+
+    for each in files:
         typer.echo(f"wrote {each} ({each.stat().st_size:,} bytes)")
-    runner = engine.load(path, kind, threads)
     report = parity(program, runner.run, [noise(program, program.batch_size())], precision=kind)
     worst = max(report.outputs, key=lambda output: output.relative)
     typer.echo(
-        f"{engine.name} {kind} against the Program on noise: largest relative error "
-        f"{worst.relative:.2g}, least cosine {worst.cosine_min:.6f}"
+        f"{runner.conditions['runtime']} {kind} against the Program on noise: "
+        f"largest relative error {worst.relative:.2g}, least cosine {worst.cosine_min:.6f}"
     )
     if not report.ok:
         raise ExportError("; ".join(report.failures), where=str(path))

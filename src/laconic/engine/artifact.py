@@ -13,7 +13,8 @@ from laconic.core.errors import DataError, ExportError, first_line
 from laconic.core.suggest import nearest
 from laconic.engine.files import as_precision
 from laconic.program.program import Program
-from laconic.runtimes.base import Array, Precision, Runtime, Shapes, batch_of
+from laconic.runtimes import _chain
+from laconic.runtimes.base import Array, Precision, Runner, Runtime, Shapes, batch_of
 from laconic.runtimes.openvino import core
 
 EAGER = "eager"
@@ -53,12 +54,13 @@ def open_artifact(
     threads: int | None = None,
     shapes: Shapes | None = None,
 ) -> Artifact:
-    """Open a `.laconic`, `.onnx`, `.xml` or `.pt2` file.
+    """Open a `.laconic`, `.onnx`, `.xml`, `.pt2` or `.chain` file.
 
     Args:
         path: the file.
         runtime: which runtime runs it; by default the one that writes such files.
-        precision: of float operators; a `.laconic` file always runs in fp32.
+        precision: of float operators; a `.laconic` file always runs in fp32, a chain in what it
+            was written for.
         threads: of the runtime.
         shapes: fixed input shapes by name.
 
@@ -70,15 +72,22 @@ def open_artifact(
         raise ExportError("no such file", where=str(path))
     if path.suffix == ".laconic":
         return of_program(storage.load(path), path)
+    if path.suffix == _chain.SUFFIX:
+        engine = runtimes.get(runtime or _chain.read(path).runtime)
+        runner = _chain.load(path, engine, threads, shapes)
+        return _running(runner, path)
     known = suffixes()
     if path.suffix not in known:
         raise ExportError(
             f"is of no known kind {path.suffix!r}",
             where=str(path),
-            hint=nearest(path.suffix, [*known, ".laconic"]),
+            hint=nearest(path.suffix, [*known, ".laconic", _chain.SUFFIX]),
         )
     engine = runtimes.get(runtime) if runtime else known[path.suffix]
-    runner = engine.load(path, precision, threads, shapes)
+    return _running(engine.load(path, precision, threads, shapes), path)
+
+
+def _running(runner: Runner, path: Path) -> Artifact:
     return Artifact(
         path=path, inputs=runner.inputs, outputs=(), run=runner.run, conditions=runner.conditions
     )
@@ -158,6 +167,8 @@ def declared_inputs(path: Path, batch: int) -> dict[str, Array]:
         names = [node.name for node in program.placeholders]
         pairs = zip(names, batch_of(program, batch), strict=True)
         return {name: _noise(draw, array.shape, array.dtype) for name, array in pairs}
+    if path.suffix == _chain.SUFFIX:
+        return _declared_by_chain(path, batch, draw)
     if path.suffix not in (".onnx", ".xml"):
         raise DataError("does not say what inputs it takes", where=str(path), hint="give --input")
     if not path.exists():
@@ -171,6 +182,16 @@ def declared_inputs(path: Path, batch: int) -> dict[str, Array]:
         sizes = [batch if dim.is_dynamic else dim.get_length() for dim in value.partial_shape]
         kind = np.dtype(value.element_type.to_dtype())
         found[value.get_any_name()] = _noise(draw, tuple(sizes), kind)
+    return found
+
+
+def _declared_by_chain(path: Path, batch: int, draw: np.random.Generator) -> dict[str, Array]:
+    found: dict[str, Array] = {}
+    for name, declared in _chain.read(path).inputs.items():
+        if declared is None:
+            raise DataError(f"does not say what {name!r} is", where=str(path), hint="give --input")
+        sizes = [batch if isinstance(size, str) else size for size in declared["shape"]]
+        found[name] = _noise(draw, tuple(sizes), declared["dtype"])
     return found
 
 
@@ -208,6 +229,8 @@ def every_way(
 
 def _kinds(path: Path, engine: str | None) -> list[Precision]:
     """The precisions that make a difference for a file: int8 where it holds integers."""
+    if path.suffix == _chain.SUFFIX:
+        return [_chain.read(path).precision]
     runtime = runtimes.get(engine) if engine else suffixes().get(path.suffix)
     if runtime is None or path.suffix == ".pt2":
         return ["fp32"]
@@ -222,6 +245,8 @@ def shipped_bytes(path: Path) -> int:
     """Bytes of a file and of what has to ship with it."""
     engine = suffixes().get(path.suffix)
     files = engine.files(path) if engine else [path]
+    if path.suffix == _chain.SUFFIX:
+        files = _chain.files(path)
     return sum(file.stat().st_size for file in files)
 
 

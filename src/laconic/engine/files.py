@@ -9,8 +9,11 @@ from pathlib import Path
 from laconic import runtimes, storage
 from laconic.core.errors import ExportError, RecipeError, StorageError
 from laconic.core.suggest import nearest
+from laconic.program.chain import split
+from laconic.program.choices import choices
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
+from laconic.runtimes import _chain
 from laconic.runtimes.base import PRECISIONS, Precision, Runtime, quantized
 
 NAME = "model"
@@ -76,8 +79,30 @@ def pick_precision(program: Program, engine: Runtime, name: str | None) -> Preci
     return able[0] if able else "fp32"
 
 
+def write_chain(
+    program: Program, path: Path, engine: Runtime, kind: Precision, threads: int | None = None
+) -> Path | None:
+    """Write the chain of a Program that decides by input beside its static file at `path`.
+
+    Returns:
+        the `.chain` file; None where nothing is decided by input.
+
+    Raises:
+        ExportError: the runtime cannot express a piece.
+    """
+    if not choices(program):
+        return None
+    chain = split(program)
+    if not chain.decides:
+        return None
+    options = {"threads": threads} if engine.name == "inductor" else {}
+    return _chain.write(chain, engine, _chain.path_of(path, engine), kind, **options)
+
+
 def write_models(program: Program, stage: Path, deploy: tuple[str, Precision] | None) -> list[str]:
     """Write `model.laconic`, `model.onnx`, an OpenVINO model, and the deployed runtime's file.
+
+    Where inputs decide what is computed, the chain of pieces is written beside each.
 
     Returns:
         what could not be written and why, one sentence each.
@@ -97,7 +122,8 @@ def write_models(program: Program, stage: Path, deploy: tuple[str, Precision] | 
         )
         kind = able[0] if able else "fp32"
         try:
-            engine.write(program, stage / f"{NAME}{engine.suffix}", kind)
+            path = engine.write(program, stage / f"{NAME}{engine.suffix}", kind)
+            write_chain(program, path, engine, kind)
         except ExportError as error:
             if shutil.disk_usage(stage).free < 1 << 16 or isinstance(error.__cause__, OSError):
                 raise StorageError(error.message, where=error.where, hint=error.hint) from error

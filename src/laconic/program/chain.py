@@ -45,7 +45,7 @@ class Step(TypedDict):
 
 
 class Plan(TypedDict):
-    """How pieces connect, by names of values; `whole` are inputs that have no rows."""
+    """How pieces connect, by names of values; `whole` are those that have no rows."""
 
     inputs: list[str]
     outputs: list[str]
@@ -142,16 +142,15 @@ class _Builder:
         self._program = program
         self._flow = Flow(program)
         self._pieces: list[Program] = []
+        self._crossing = dict.fromkeys(program.placeholders)
 
     def build(self) -> Chain:
-        flow, program = self._flow, self._program
-        runs = flow.steps()
-        results: Any = program.output_node.args[0]
-        steps = self._steps(runs, {*results})
+        results: Any = self._program.output_node.args[0]
+        steps = self._steps(self._flow.steps(), {*results})
         plan = Plan(
-            inputs=[node.name for node in program.placeholders],
-            outputs=[node.name for node in results],
-            whole=[node.name for node in program.placeholders if not flow.has_rows(node)],
+            inputs=_names(self._program.placeholders),
+            outputs=_names(results),
+            whole=_names(node for node in self._crossing if not self._flow.has_rows(node)),
             steps=steps,
         )
         return Chain(plan, tuple(self._pieces))
@@ -167,6 +166,7 @@ class _Builder:
 
     def _piece(self, run: Run, wanted: set[fx.Node]) -> Step:
         gives = [node for node in run.nodes if node in wanted]
+        self._crossing |= dict.fromkeys(gives)
         self._pieces.append(_program(self._program, self._flow, run, gives))
         return Step(run=len(self._pieces) - 1, takes=_names(run.takes), gives=_names(gives))
 

@@ -178,9 +178,9 @@ class Flow:
         return found[::-1]
 
     def _compact(self, node: fx.Node) -> bool:
-        """Whether rows can be taken out of a value, or it is an input that has none at all."""
+        """Whether rows can be taken out of a value, or it is the same for all of them."""
         named = self.dims.get(node, {}).values()
-        return self.has_rows(node) or (node.op == "placeholder" and "batch" not in named)
+        return self.has_rows(node) or not any(name.startswith("batch") for name in named)
 
     def _body(self, members: Sequence[fx.Node], among: Sequence[fx.Node]) -> list[fx.Node]:
         """Nodes that feed nothing but the `there` operand of `members`, in order."""
@@ -282,7 +282,7 @@ def _free_dimensions(program: Program) -> dict[fx.Node, dict[int, str]]:
             for dim, (before, after) in enumerate(zip(*shapes, strict=True)):
                 if before != after:
                     exact = before == size and after == changed
-                    found[node][dim] = name if exact else f"{node.name}_{dim}"
+                    found[node][dim] = name if exact else f"{name}_{node.name}_{dim}"
     return found
 
 
