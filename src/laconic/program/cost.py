@@ -124,6 +124,11 @@ def _owners(program: Program) -> dict[fx.Node, tuple[str, ...]]:
     return {node: tuple(names) for node, names in owned.items()}
 
 
+def weights_of(program: Program) -> set[str]:
+    """Names of the tensors that count as parameters."""
+    return {name for name, _ in program.tensors() if _is_weight(program, name)}
+
+
 def _is_weight(program: Program, name: str) -> bool:
     """Parameters, and the integer codes that stand for one."""
     if isinstance(program.tensor(name), torch.nn.Parameter):
