@@ -1,0 +1,1 @@
+"""Architecture search: sub-networks that share weights, and the search among them."""

@@ -1,0 +1,130 @@
+"""Milliseconds of sub-networks, foretold from a table of layers, checked by timing whole networks.
+
+The table knows each layer at every width (`latency_table`); layers of dropped branches take no
+time, a cropped kernel or a smaller input takes its part of the multiply-adds' time. The whole
+network and the least member, timed in turns, give the scale between table and clock, which also
+takes in what stands between the layers.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from laconic.core.progress import SILENT, Progress
+from laconic.solvers.allocate import Choice
+from laconic.solvers.elastic import Elastic, Order
+from laconic.solvers.latency_table import Kind, measure
+from laconic.solvers.search_space import Member, Space, named
+from laconic.solvers.stopwatch import Timer
+
+
+class Milliseconds:
+    """The part of the whole network's latency that a member takes.
+
+    Attributes:
+        notes: layers that could not be timed.
+    """
+
+    def __init__(
+        self,
+        elastic: Elastic,
+        order: Order,
+        space: Space,
+        timer: Timer,
+        *,
+        held: Mapping[str, Any] | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Measure the table and both ends, unless `held` has what `plain` gave before."""
+        self._elastic, self._order, self._space, self._timer = elastic, order, space, timer
+        self.notes: list[str] = []
+        self._names = [group.name for group in elastic.groups]
+        self._sizes = np.array([group.size for group in elastic.groups], dtype=np.int64)
+        self._crops = {layer.node.name: name for name, layer in elastic.kernels.items()}
+        if held is not None:
+            self._kinds = [_kind(plain) for plain in held["kinds"]]
+            self._milliseconds = dict(held["milliseconds"])
+        else:
+            choices = [self._choice(name) for name in self._names]
+            table = measure(elastic.groups, choices, timer, progress=progress, notes=self.notes)
+            self._kinds = list(table.kinds)
+            ends = {"whole": space.full(), "least": space.least()}
+            self._milliseconds = timer(
+                {name: elastic.cut(member, order).program for name, member in ends.items()}
+            )
+        low, high = self._table(space.least()), self._table(space.full())
+        fast = self._milliseconds["least"] / self._milliseconds["whole"]
+        self._slope = (1 - fast) / (high - low) if high > low else 0.0
+        self._high = high
+
+    def plain(self) -> dict[str, Any]:
+        """What was measured, JSON; `held` of the next one."""
+        kinds = [
+            {
+                "nodes": list(kind.nodes),
+                "columns": [[list(axis) for axis in node] for node in kind.columns],
+                "knots": [knots.tolist() for knots in kind.knots],
+                "milliseconds": kind.milliseconds.tolist(),
+            }
+            for kind in self._kinds
+        ]
+        return {"kinds": kinds, "milliseconds": self._milliseconds}
+
+    def part(self, member: Member) -> float:
+        """Foretold latency over that of the whole network."""
+        return 1 - self._slope * (self._high - self._table(member))
+
+    def measured(self, member: Member) -> tuple[float, float]:
+        """Milliseconds of the whole network and of a member, timed in turns."""
+        pair = {"whole": self._space.full(), "member": member}
+        programs = {name: self._elastic.cut(one, self._order).program for name, one in pair.items()}
+        times = self._timer(programs)
+        return times["whole"], times["member"]
+
+    def _choice(self, name: str) -> Choice:
+        """The sizes that the table covers: the knob's, or half of a group that does not vary."""
+        size = self._elastic.groups.find(name).size
+        knobs = {knob.site: knob.choices for knob in self._space.knobs if knob.kind == "width"}
+        counts = np.array(knobs.get(name, sorted({size, max(size // 2, 1)}, reverse=True)))
+        return Choice(name, size, counts.astype(np.int64), np.zeros(len(counts)))
+
+    def _table(self, member: Member) -> float:
+        """Milliseconds of all layers of a member by the table."""
+        sizes = self._sizes.copy()
+        for site, count in named(member, "width"):
+            sizes[self._names.index(site)] = count
+        sides = dict(named(member, "kernel"))
+        gone = {
+            node.name
+            for branch in self._elastic.dropped(member, self._order)
+            for node in branch.inner
+        }
+        total = 0.0
+        for kind in self._kinds:
+            for node, columns in zip(kind.nodes, kind.columns, strict=True):
+                if node not in gone:
+                    one = Kind((node,), (columns,), kind.knots, kind.milliseconds)
+                    total += float(one.of(sizes[None])[0]) * self._cropped(node, sides)
+        return total * self._area(member)
+
+    def _cropped(self, node: str, sides: Mapping[str, int]) -> float:
+        name = self._crops.get(node, "")
+        if name not in sides:
+            return 1.0
+        layer = self._elastic.kernels[name]
+        return sides[name] ** layer.space / layer.taps
+
+    def _area(self, member: Member) -> float:
+        """Part of the input's positions."""
+        part = 1.0
+        for site, side in named(member, "resolution"):
+            part *= (side / self._elastic.inputs[site]) ** 2
+        return part
+
+
+def _kind(plain: Mapping[str, Any]) -> Kind:
+    columns = tuple(tuple(tuple(axis) for axis in node) for node in plain["columns"])
+    knots = tuple(np.array(row, dtype=np.float64) for row in plain["knots"])
+    values = np.array(plain["milliseconds"], dtype=np.float64)
+    return Kind(tuple(plain["nodes"]), columns, knots, values)
