@@ -53,15 +53,18 @@ Chain = list[DeepLayer]
 
 def chains(program: Program) -> list[Chain]:
     """The layers that could be left out, chain by chain in graph order; shapes are propagated."""
-    runs: list[list[Branch]] = []
-    ends: dict[fx.Node, list[Branch]] = {}
-    for branch in branches(program):
+    held = branches(program)
+    streams, totals = {_through(branch.stream) for branch in held}, {b.total for b in held}
+    runs: list[list[tuple[Branch, fx.Node]]] = []
+    ends: dict[fx.Node, list[tuple[Branch, fx.Node]]] = {}
+    for branch in held:
         run = ends.pop(_through(branch.stream), None)
         if run is None:
             run = []
             runs.append(run)
-        run.append(branch)
-        ends[_exit(branch)] = run
+        end = _exit(branch, streams, totals)
+        run.append((branch, end))
+        ends[end] = run
     return [_layered(run) for run in runs]
 
 
@@ -174,36 +177,41 @@ def _through(node: fx.Node) -> fx.Node:
     return node
 
 
-def _exit(branch: Branch) -> fx.Node:
-    """The sum, or the norm or activation behind it, if what gives the stream is one like it."""
+def _exit(branch: Branch, streams: set[fx.Node], totals: set[fx.Node]) -> fx.Node:
+    """The sum, or the norm or activation behind it that belongs to the layer.
+
+    One that the stream has passed through before as well; for the first layer of a chain, which has
+    nothing before it, one that the next layer's stream comes from.
+    """
     total, before = branch.total, _through(branch.stream)
     readers = list(total.users)
-    if len(readers) != 1 or before.op != "call_function" or readers[0].op != "call_function":
+    if len(readers) != 1 or readers[0].op != "call_function":
         return total
     (reader,) = readers
     name = operator_name(reader)
-    stored = [source for source in reader.all_input_nodes if source.op != "get_attr"]
     pointwise = torch.Tag.pointwise in getattr(reader.target, "tags", ())
-    alike = name == operator_name(before) and (name in _NORMS or pointwise)
-    same = reader.meta.get("shape") == total.meta.get("shape")
-    return reader if alike and same and stored == [total] else total
+    stored = [source for source in reader.all_input_nodes if source.op != "get_attr"]
+    if stored != [total] or not (name in _NORMS or pointwise):
+        return total
+    alike = before.op == "call_function" and operator_name(before) == name
+    first = before not in totals and reader in streams
+    return reader if alike or first else total
 
 
-def _layered(run: Sequence[Branch]) -> Chain:
-    """The branches of one stream, those under one module together."""
-    paths = [branch.name.split("~")[0].split(".") for branch in run]
+def _layered(run: Sequence[tuple[Branch, fx.Node]]) -> Chain:
+    """The branches of one stream, those under one module together; each with its exit."""
+    paths = [branch.name.split("~")[0].split(".") for branch, _ in run]
     shared = 0
     while all(len(p) > shared and p[: shared + 1] == paths[0][: shared + 1] for p in paths):
         shared += 1
     if any(len(path) == shared for path in paths):  # one of them is the module above the others
         shared = max(shared - 1, 0)
     chain: Chain = []
-    for branch, path in zip(run, paths, strict=True):
+    for (branch, end), path in zip(run, paths, strict=True):
         name = ".".join(path[: shared + 1])
+        held = (branch,)
         if chain and chain[-1].name == name and "~" not in branch.name:
             held = (*chain.pop().branches, branch)
-        else:
-            held = (branch,)
         taken = any(layer.name == name for layer in chain)
-        chain.append(DeepLayer(branch.name if taken else name, held, _exit(branch)))
+        chain.append(DeepLayer(branch.name if taken else name, held, end))
     return chain
