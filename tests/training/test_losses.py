@@ -72,3 +72,46 @@ def test_features_do_not_depend_on_scale(generator):
     torch.testing.assert_close(
         losses.features([16 * student], [16 * teacher]), once, rtol=0, atol=0
     )
+
+
+def test_decoupled_parts_make_up_the_divergence(generator):
+    """Zhao et al., equation 5: KL = target part + (1 - p) other part, p the target's probability."""
+    student, teacher = 3 * torch.randn(2, 7, 6, 5, generator=generator)
+    classes = torch.randint(0, 5, (7, 6), generator=generator)
+    temperature = 2.0
+    first, second = losses.decoupled(student, teacher, classes, temperature)
+    p = F.softmax(teacher / temperature, -1).gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+    whole = (first + (1 - p) * second).mean() * temperature**2
+    # sums of five logarithms of size one to ten in float32
+    torch.testing.assert_close(
+        whole, losses.soft_targets(student, teacher, temperature), rtol=1e-4, atol=1e-6
+    )
+    assert losses.decoupled_targets(student, student, classes, temperature, (1.0, 8.0)) < 1e-6
+
+
+def test_the_hardest_positions_are_those_that_differ_most(generator):
+    student, teacher = torch.randn(2, 3, 4, 5, generator=generator)
+    each = (F.softmax(teacher, -1) * (F.log_softmax(teacher, -1) - F.log_softmax(student, -1))).sum(
+        -1
+    )
+    chosen = losses.hardest(student, teacher, 0.25)
+    assert chosen.sum() == 3
+    assert each[chosen].min() > each[~chosen].max()
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]])
+    chosen = losses.hardest(student, teacher, 0.5, mask)
+    assert chosen.sum() == 2
+    assert (chosen <= mask.bool()).all()
+    everywhere = losses.hardest(student, teacher, 1.0)
+    assert everywhere.all()
+
+
+def test_several_teachers_are_averaged_in_probabilities(generator):
+    one, two = 3 * torch.randn(2, 6, 5, generator=generator)
+    temperature = 3.0
+    mean = (F.softmax(one / temperature, -1) + F.softmax(two / temperature, -1)) / 2
+    found = losses.mixture([one, two], "kl", temperature)
+    torch.testing.assert_close(F.softmax(found / temperature, -1), mean)
+    assert losses.mixture([one], "kl", temperature) is one
+    torch.testing.assert_close(losses.mixture([one, two], "mse", 1.0), (one + two) / 2)
+    again = losses.mixture([one, one], "dkd", temperature)
+    assert losses.soft_targets(one, again, temperature) < 1e-6

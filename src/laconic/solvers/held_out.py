@@ -8,15 +8,16 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from laconic.core.errors import RecipeError
+import torch
+
 from laconic.core.task import Task
 from laconic.program.program import Program
 from laconic.training.distillation import Distillation
 from laconic.training.evaluation import labelled, mean_loss, mean_score
-from laconic.training.loop import Trained
+from laconic.training.loop import Objective, Trained
 from laconic.training.processes import Processes
 
-_Measure = Callable[[Program, str], float]
+Measure = Callable[[Program, str], float]
 _GROWN = 1.05  # a divergence that is that much above its least has turned
 
 
@@ -49,9 +50,9 @@ def figures_of(trained: Trained, task: Task, watch: str) -> dict[str, Any]:
 
 def turned(figures: Mapping[str, Any]) -> list[str]:
     """A sentence if the held-out divergence from the teacher rose again after a while."""
-    seen = [(e["divergence"], e["step"]) for e in figures["history"] if e.get("divergence")]
-    seen = [(value, step) for value, step in seen if math.isfinite(value)]
-    if not seen or seen[-1][0] <= _GROWN * min(seen)[0]:
+    told = [(e.get("divergence"), e["step"]) for e in figures["history"]]
+    seen = [(value, step) for value, step in told if value is not None and math.isfinite(value)]
+    if not seen or seen[-1][0] <= _GROWN * min(seen)[0] or min(seen) == seen[0]:
         return []
     (least, step), (last, end) = min(seen), seen[-1]
     return [
@@ -61,19 +62,16 @@ def turned(figures: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def score_of(objective: Distillation, watch: str) -> _Measure | None:
-    """The validation metric, higher is better; without labels the loss; None without data."""
-    task = objective.task
+def score_of(
+    task: Task, objective: Objective, device: torch.device, seen: Measure | None = None
+) -> Measure | None:
+    """The validation metric, higher is better; without labels the loss; None without data.
+
+    With `seen` it is that which counts, lower being better.
+    """
     validation = task.validation
     if validation is None:
         return None
-    seen = divergence(objective) if watch == "divergence" else None
-    if watch == "divergence" and seen is None:
-        raise RecipeError(
-            "watch: divergence, but nothing is learned from a teacher's outputs",
-            where="watch",
-            hint='take watch: "score", or an alpha above 0',
-        )
     measured = labelled(task)
 
     def score(program: Program, precision: str) -> float:
@@ -81,14 +79,14 @@ def score_of(objective: Distillation, watch: str) -> _Measure | None:
         if seen is not None:
             return -seen(program, precision)
         if not measured:
-            return -mean_loss(program, objective, validation, objective.device, precision, shared)
-        mean = mean_score(program, task, validation, objective.device, precision, shared)
+            return -mean_loss(program, objective, validation, device, precision, shared)
+        mean = mean_score(program, task, validation, device, precision, shared)
         return mean if task.higher_is_better else -mean
 
     return score
 
 
-def divergence(objective: Distillation) -> _Measure | None:
+def divergence(objective: Distillation) -> Measure | None:
     """Mean divergence of student and teacher on validation data; None where there is none."""
     validation = objective.task.validation
     if validation is None or not objective.compares:

@@ -17,7 +17,7 @@ from laconic.core.task import Loader, Task
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers import teacher as teachers
-from laconic.solvers.held_out import divergence, figures_of, score_of, turned
+from laconic.solvers.held_out import Measure, divergence, figures_of, score_of, turned
 from laconic.solvers.setting import Setting
 from laconic.statistics.batches import check_inputs, told_nothing
 from laconic.training import losses
@@ -186,7 +186,7 @@ class Learning(Plan):
             TrainingError: the loss diverged at once, or outputs differ in shape.
         """
         plan = self.plan().settled(student, course.device, Processes.current().count)
-        wise = self._wise(student, course)
+        wise = self.wise(student, course)
         told = [self.model_dump(mode="json"), list(names), course.seed]
         own = identity_of(told, [program, *wise]) if course.folder else ""
         looking = _Looking()
@@ -197,17 +197,18 @@ class Learning(Plan):
                 stack, student, outputs, wise, course, plan, inside, looking
             )
             trained_too = [*names, *inside.beside]
-            stack.enter_context(_only(student, trained_too))
+            stack.enter_context(only(student, trained_too))
             stack.enter_context(tapped(student, inside.ours))
             apart = divergence(objective)
+            seen = self._seen(apart)
             job = Job(
                 program=student,
                 names=trained_too,
                 objective=around(objective) if around else objective,
                 loader=course.loader,
                 plan=plan,
-                score=score_of(objective, self.watch),
-                watch=apart if self.watch == "score" else None,
+                score=score_of(course.task, objective, course.device, seen),
+                watch=apart if seen is None else None,
                 seed=course.seed,
                 device=course.device,
                 progress=course.progress,
@@ -227,6 +228,17 @@ class Learning(Plan):
             notes=[*notes, *trained.notes, *looking.notes(), *turned(figures)],
             figures=figures,
         )
+
+    def _seen(self, apart: Measure | None) -> Measure | None:
+        """What judges states in place of the score."""
+        if self.watch == "divergence" and apart is None:
+            raise RecipeError(
+                "watch: divergence, but there are no validation data, or nothing is learned from "
+                "a teacher's outputs",
+                where="watch",
+                hint='take watch: "score"',
+            )
+        return apart if self.watch == "divergence" else None
 
     def inside(
         self, stack: ExitStack, student: Program, teacher: Program, course: Course
@@ -289,8 +301,13 @@ class Learning(Plan):
         """The fields of the plan alone."""
         return Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
 
-    def _wise(self, student: Program, course: Course) -> list[Program]:
-        """The Programs that are learned from."""
+    def wise(self, student: Program, course: Course) -> list[Program]:
+        """The Programs that are learned from.
+
+        Raises:
+            RecipeError: a teacher that takes other inputs.
+            StorageError: a file that cannot be read.
+        """
         found = [storage.load(Path(path)) for path in self.teachers]
         for path, one in zip(self.teachers, found, strict=True):
             _check_teacher(one, student, Path(path).name)
@@ -346,7 +363,7 @@ def _outputs(program: Program) -> int:
 
 
 @contextmanager
-def _only(program: Program, names: Sequence[str]) -> Generator[None, None, None]:
+def only(program: Program, names: Sequence[str]) -> Generator[None, None, None]:
     """For the length of a `with` block, gradients go to `names` only."""
     held = {name: tensor.requires_grad for name, tensor in program.named_parameters()}
     for parameter in program.parameters():

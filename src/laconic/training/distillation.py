@@ -178,14 +178,12 @@ class Distillation:
         return labelled if mask is None or mask.shape != labelled.shape else labelled & mask
 
     def _soft(self, student: Tensor, teacher: Tensor, targets: Any, mask: Tensor | None) -> Tensor:
-        if self.kind == "kl":
-            return losses.soft_targets(student, teacher, self.temperature, mask)
         if self.kind == "dkd":
             classes = self._classes(teacher, targets)
             return losses.decoupled_targets(
                 student, teacher, classes, self.temperature, self.weights, mask
             )
-        return _KINDS[self.kind](student, teacher, mask)
+        return soft(self.kind, student, teacher, self.temperature, mask)
 
     def _classes(self, teacher: Tensor, targets: Any) -> Tensor:
         """The target class of each position: its label, or what the teacher takes it for."""
@@ -196,6 +194,15 @@ class Distillation:
             return chosen
         known = (targets != self.ignore) & (targets >= 0) & (targets < teacher.shape[-1])
         return torch.where(known, targets, chosen)
+
+
+def soft(
+    kind: Kind, student: Tensor, teacher: Tensor, temperature: float, mask: Tensor | None = None
+) -> Tensor:
+    """The loss of a kind between outputs, `[..., classes]` each; "dkd" is "kl" here. A scalar."""
+    if kind in _KINDS:
+        return _KINDS[kind](student, teacher, mask)
+    return losses.soft_targets(student, teacher, temperature, mask)
 
 
 def kind_for(task: Task) -> Kind:
