@@ -1,0 +1,1 @@
+"""Computation that depends on the input: exits, gates, tokens, cascades, shapes."""
