@@ -262,6 +262,15 @@ class Program(nn.Module):
         self._register(unique, tensor)
         return unique
 
+    def untie(self, alias: str) -> None:
+        """Give another name of a tied tensor a copy of its own, which no node reads yet."""
+        held = self.tensor(alias)
+        value = held.detach().clone()
+        del self.aliases[alias]
+        self._drop(alias)
+        trains = isinstance(held, nn.Parameter)
+        self._register(alias, nn.Parameter(value, held.requires_grad) if trains else value)
+
     def drop_unused(self) -> list[str]:
         """Remove tensors that no node reads; returns their names."""
         used = {n.target for n in self.graph.nodes if n.op == "get_attr"}
