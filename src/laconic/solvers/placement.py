@@ -30,7 +30,7 @@ from laconic.solvers.weight_sites import MATRIX, WeightSite
 
 _PRODUCTS = {"matmul": (0, 1), "bmm": (0, 1), "baddbmm": (1, 2)}
 _ATTENTION = {"scaled_dot_product_attention": (0, 1)}
-_MOVES = {
+MOVES = {
     "view", "reshape", "flatten", "unflatten", "permute", "transpose", "t", "expand", "slice",
     "select", "squeeze", "unsqueeze", "max_pool1d", "max_pool2d", "max_pool3d", "clone",
     "contiguous", "dropout", "split", "split_with_sizes", "chunk", "unbind", "getitem", "roll",
@@ -38,6 +38,7 @@ _MOVES = {
     "upsample_nearest3d", "constant_pad_nd", "pad", "repeat", "narrow", "alias", "_unsafe_view",
     "adaptive_max_pool2d",
 }  # fmt: skip
+"""Operators that only move values."""
 _JOINS = {"cat", "concat", "stack"}
 _FUSED = {
     "relu", "relu6", "hardtanh", "clamp", "clamp_min", "silu", "gelu", "sigmoid", "hardswish",
@@ -139,7 +140,7 @@ def _product_ports(program: Program) -> list[Port]:
 
 def _root(node: fx.Node) -> fx.Node:
     """Up through operators that only move values."""
-    while base_name(node) in _MOVES and isinstance(node.args[0], fx.Node):
+    while base_name(node) in MOVES and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node
 
@@ -183,7 +184,7 @@ def _reaches(node: fx.Node, wanted: set[tuple[fx.Node, fx.Node]]) -> bool:
             if (user, here) in wanted:
                 return True
             name = base_name(user)
-            if user not in seen and name in _MOVES | _JOINS | _FUSED | _POOLS:
+            if user not in seen and name in MOVES | _JOINS | _FUSED | _POOLS:
                 seen.add(user)
                 stack.append(user)
     return False
@@ -198,7 +199,7 @@ def _from_convolution(node: fx.Node) -> bool:
         name = base_name(here)
         if name.startswith("conv"):
             return True
-        if name in _MOVES | _JOINS | _FUSED | _POOLS | _MEETINGS:
+        if name in MOVES | _JOINS | _FUSED | _POOLS | _MEETINGS:
             above = [source for source in here.all_input_nodes if source not in seen]
             seen.update(above)
             stack += above
@@ -236,7 +237,7 @@ class _Carries:
 
     def __call__(self, node: fx.Node) -> bool:
         name = base_name(node)
-        if name not in _MOVES | _JOINS or not _keeps_zero(node):
+        if name not in MOVES | _JOINS or not _keeps_zero(node):
             return False
         if node not in self._known:
             self._known[node] = bool(node.users) and all(
