@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from laconic.api import load as load
     from laconic.api import members as members
     from laconic.api import save as save
+    from laconic.api import specialize as specialize
     from laconic.core.budget import Budget as Budget
     from laconic.core.errors import LaconicError as LaconicError
     from laconic.core.measurement import Measurement as Measurement
@@ -41,6 +42,7 @@ _HOME = {
     "load": "api",
     "members": "api",
     "save": "api",
+    "specialize": "api",
     "Budget": "core.budget",
     "LaconicError": "core.errors",
     "Measurement": "core.measurement",

@@ -1,6 +1,6 @@
 """The public functions, with the report added to what the floors below make."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ from laconic import storage
 from laconic.core.budget import Budget
 from laconic.core.progress import SILENT, Progress
 from laconic.core.task import Task
+from laconic.engine.dispatch import Dispatcher
 from laconic.engine.result import Result
+from laconic.engine.specialize import Shape, Wish
+from laconic.engine.specialize import specialize as _specialize
 from laconic.planning.compress import Settings, Steps
 from laconic.planning.compress import compress as _compress
 from laconic.program.capture import Dynamic
@@ -90,3 +93,45 @@ def load(path: str | Path) -> Program:
     """
     path = Path(path)
     return storage.load(path / "model.laconic" if path.is_dir() else path)
+
+
+def specialize(
+    program: Program,
+    shapes: Iterable[Shape],
+    *,
+    out: str | Path,
+    runtime: str = "openvino",
+    precision: str | None = None,
+    count: int = 8,
+    batches: Sequence[int] | None = None,
+    requests: int | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> Dispatcher:
+    """Compile a Program for the shapes it will see; what comes back runs any shape.
+
+    Args:
+        program: what `capture` gave, with the dimensions that change named in `dynamic`.
+        shapes: a sample of those that will come, as they come: each a number (the only dimension
+            beside the batch), a sequence of numbers, or dimension → size. Up to `count` different
+            ones are all compiled; of more, those that serve the whole sample fastest.
+        out: folder for `model.buckets` and the files it names.
+        runtime: "openvino" (compiles when a file is opened), "inductor" (ahead of time, a package
+            a shape), or "onnxruntime" (which takes any shape at no cost: nothing to compile).
+        precision: "fp32", "bf16" or "int8"; by default int8 where the Program is quantised.
+        count: how many shapes at most; how many for each batch size, where there are several.
+            Each costs memory: its weights once more.
+        batches: batch sizes to compile for; by default those of the sample.
+        requests: how many requests a process serves; compiling has to pay within them.
+        threads: of the runtime.
+        progress: shows what goes on.
+
+    Raises:
+        DataError: no dynamic dimension, or shapes that the Program cannot take.
+        ExportError: the runtime cannot express the Program.
+    """
+    wish = Wish(
+        runtime=runtime, precision=precision, count=count, batches=batches, requests=requests,
+        threads=threads,
+    )  # fmt: skip
+    return _specialize(program, shapes, Path(out), wish, progress)

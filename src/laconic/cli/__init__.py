@@ -9,8 +9,11 @@ from laconic.cli.methods import methods as _methods
 from laconic.cli.report import report as _report
 from laconic.cli.resume import resume as _resume
 from laconic.cli.run import run as _run
+from laconic.cli.specialize import specialize as _specialize
 
-VERBS = (_compress, _inspect, _measure, _export, _run, _resume, _report, _methods)
+VERBS = (
+    _compress, _inspect, _measure, _export, _specialize, _run, _resume, _report, _methods,
+)  # fmt: skip
 for _verb in VERBS:
     app.command()(_verb)
 

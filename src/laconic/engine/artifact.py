@@ -11,6 +11,7 @@ import torch
 from laconic import runtimes, storage
 from laconic.core.errors import DataError, ExportError, first_line
 from laconic.core.suggest import nearest
+from laconic.engine import buckets, dispatch
 from laconic.engine.files import as_precision
 from laconic.program.program import Program
 from laconic.runtimes import _chain
@@ -18,6 +19,8 @@ from laconic.runtimes.base import Array, Precision, Runner, Runtime, Shapes, bat
 from laconic.runtimes.openvino import core
 
 EAGER = "eager"
+_SEVERAL = (_chain.SUFFIX, buckets.SUFFIX)
+"""Files that name others, which lie beside them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,13 +57,13 @@ def open_artifact(
     threads: int | None = None,
     shapes: Shapes | None = None,
 ) -> Artifact:
-    """Open a `.laconic`, `.onnx`, `.xml`, `.pt2` or `.chain` file.
+    """Open a `.laconic`, `.onnx`, `.xml`, `.pt2`, `.chain` or `.buckets` file.
 
     Args:
-        path: the file.
+        path: the file, or a folder with one `.chain` or `.buckets` file.
         runtime: which runtime runs it; by default the one that writes such files.
-        precision: of float operators; a `.laconic` file always runs in fp32, a chain in what it
-            was written for.
+        precision: of float operators; a `.laconic` file always runs in fp32, a chain and
+            buckets in what they were written for.
         threads: of the runtime.
         shapes: fixed input shapes by name.
 
@@ -68,6 +71,7 @@ def open_artifact(
         ExportError: no such file, an unknown suffix, or a file the runtime cannot open.
         StorageError: a `.laconic` file that is truncated or altered.
     """
+    path = in_folder(path)
     if not path.exists():
         raise ExportError("no such file", where=str(path))
     if path.suffix == ".laconic":
@@ -76,15 +80,32 @@ def open_artifact(
         engine = runtimes.get(runtime or _chain.read(path).runtime)
         runner = _chain.load(path, engine, threads, shapes)
         return _running(runner, path)
+    if path.suffix == buckets.SUFFIX:
+        return _running(dispatch.load(path, threads), path)
     known = suffixes()
     if path.suffix not in known:
         raise ExportError(
             f"is of no known kind {path.suffix!r}",
             where=str(path),
-            hint=nearest(path.suffix, [*known, ".laconic", _chain.SUFFIX]),
+            hint=nearest(path.suffix, [*known, ".laconic", *_SEVERAL]),
         )
     engine = runtimes.get(runtime) if runtime else known[path.suffix]
     return _running(engine.load(path, precision, threads, shapes), path)
+
+
+def in_folder(path: Path) -> Path:
+    """The file that says how the others of a folder belong together; a file is itself.
+
+    Raises:
+        ExportError: a folder with none, or several.
+    """
+    if not path.is_dir():
+        return path
+    found = [file for file in sorted(path.iterdir()) if file.suffix in _SEVERAL]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or f"no file ending in {_SEVERAL}"
+        raise ExportError(f"is a folder with {names}: name the file", where=str(path))
+    return found[0]
 
 
 def _running(runner: Runner, path: Path) -> Artifact:
@@ -161,7 +182,7 @@ def declared_inputs(path: Path, batch: int) -> dict[str, Array]:
     Raises:
         DataError: the file does not say (a .pt2); give real inputs.
     """
-    draw = np.random.default_rng(0)
+    draw, path = np.random.default_rng(0), in_folder(path)
     if path.suffix == ".laconic":
         program = storage.load(path)
         names = [node.name for node in program.placeholders]
@@ -169,6 +190,8 @@ def declared_inputs(path: Path, batch: int) -> dict[str, Array]:
         return {name: _noise(draw, array.shape, array.dtype) for name, array in pairs}
     if path.suffix == _chain.SUFFIX:
         return _declared_by_chain(path, batch, draw)
+    if path.suffix == buckets.SUFFIX:
+        return buckets.read(path).declared(batch)
     if path.suffix not in (".onnx", ".xml"):
         raise DataError("does not say what inputs it takes", where=str(path), hint="give --input")
     if not path.exists():
@@ -213,6 +236,7 @@ def every_way(
     Raises:
         ExportError: it cannot be opened in any of them.
     """
+    path = in_folder(path)
     if path.suffix == ".laconic":
         return [(f"{path} {EAGER}", open_artifact(path))]
     shapes = {name: array.shape for name, array in inputs.items()}
@@ -231,6 +255,8 @@ def _kinds(path: Path, engine: str | None) -> list[Precision]:
     """The precisions that make a difference for a file: int8 where it holds integers."""
     if path.suffix == _chain.SUFFIX:
         return [_chain.read(path).precision]
+    if path.suffix == buckets.SUFFIX:
+        return [buckets.read(path).precision]
     runtime = runtimes.get(engine) if engine else suffixes().get(path.suffix)
     if runtime is None or path.suffix == ".pt2":
         return ["fp32"]
@@ -247,6 +273,8 @@ def shipped_bytes(path: Path) -> int:
     files = engine.files(path) if engine else [path]
     if path.suffix == _chain.SUFFIX:
         files = _chain.files(path)
+    elif path.suffix == buckets.SUFFIX:
+        files = buckets.read(path).files()
     return sum(file.stat().st_size for file in files)
 
 

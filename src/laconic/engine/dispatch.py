@@ -1,0 +1,389 @@
+"""Run a Program on whatever shape comes, in the code that is fastest for it.
+
+A request goes to the smallest bucket that fits; inputs are padded and outputs cut. Where samples
+do not know of each other, a batch is taken apart so that all of it costs least: its samples are
+put in order of their lengths, and neighbours share a bucket. What no bucket serves better goes to
+the file for any shape. Tokens that a mask hides at the end of a sample are not computed, unless
+an output has a place for them. A sample that its mask hides whole goes to the file for any shape,
+as it came: what comes out for it depends on its length.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laconic.core.errors import DataError
+from laconic.engine.buckets import (
+    BRIEF,
+    SUFFIX,
+    Bucket,
+    Buckets,
+    Sizes,
+    check_file,
+    elements,
+    make,
+    opened,
+    read,
+    said,
+    threads_of,
+    timed,
+    write,
+)
+from laconic.engine.files import NAME
+from laconic.runtimes.base import Array, Model, Runner
+from laconic.solvers.padding import BATCH
+
+_PLANS = 4096  # plans that are remembered
+_FEW = 16  # up to so many samples, every number of them is tried in one part
+Need = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Samples `first` to `last` of a sorted request, run together; no bucket: in any shape."""
+
+    first: int
+    last: int
+    need: Need
+    bucket: Bucket | None
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A shape that came and has no bucket of its own.
+
+    Attributes:
+        sizes: the shape.
+        calls: how often it came.
+        served: the bucket it was padded to, or "any shape".
+        ms: what a call takes as it is served.
+        expected_ms: what it would take in a bucket of its own, as near as the measured ones tell.
+        saved_ms: what all calls so far would have saved.
+        pays_after: calls until compiling is paid for.
+    """
+
+    sizes: Sizes
+    calls: int
+    served: str
+    ms: float
+    expected_ms: float
+    saved_ms: float
+    pays_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"would compile {said(self.sizes)}: {self.calls} calls took {self.ms:.3g} ms each "
+            f"({self.served}), about {self.expected_ms:.3g} ms expected; "
+            f"pays after {self.pays_after:,} calls"
+        )
+
+
+class Dispatcher(Runner):
+    """A `.buckets` file, ready to run; files are opened when they are first needed."""
+
+    def __init__(self, held: Buckets, threads: int | None = None) -> None:
+        """What `read` gave, and threads of the runtime: None means all cores.
+
+        Packages that are compiled ahead of time keep the thread count they were made for.
+        """
+        self.threads = held.threads if held.source else threads_of(threads)
+        self.held = held = replace(held, threads=self.threads)
+        self.inputs = tuple(held.inputs)
+        self.conditions = {
+            "runtime": held.runtime,
+            "precision": held.precision,
+            "threads": self.threads,
+            "buckets": len(held.buckets),
+        }
+        self._model = Model(self, held.signature)
+        self._runners: dict[str, Runner] = {}
+        self._checked: set[str] = set()
+        self._seen: Counter[tuple[int, Need]] = Counter()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        held = self.held
+        self._lengths = tuple(name for name in held.dimensions if name != BATCH)
+        self._free = held.open_cost()
+        self._apart = BATCH in held.masks and all(BATCH in dims.values() for dims in held.outputs)
+        batches = {bucket.sizes.get(BATCH, 1) for bucket in held.buckets}
+        self._counts = {*batches, *range(1, _FEW + 1)}
+        self._plans: dict[tuple[tuple[Need, ...], int], list[Part]] = {}
+        self._fits: dict[tuple[int, Need], Bucket | None] = {}
+        kept = {name for dims in held.outputs for name in dims.values()}
+        self._trims = [
+            (place, name, mask)
+            for place, name in enumerate(self._lengths)
+            if (mask := held.masks.get(name)) and name not in kept
+            if held.inputs[mask]["shape"] == [BATCH, name]
+        ]
+
+    # running ------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model is called: its arguments, its outputs, as tensors on the CPU."""
+        return self._model(*args, **kwargs)
+
+    def run(self, inputs: Sequence[Array]) -> list[Array]:
+        """Outputs for one batch of any shape.
+
+        Raises:
+            DataError: inputs that the Program cannot take, by name.
+            ExportError: a file is missing or altered, or the runtime refuses.
+        """
+        sizes = self._sizes(inputs)
+        needs = self._needs(inputs, sizes)
+        if needs is None:
+            every = tuple(sizes[name] for name in self._lengths)
+            return self._run(inputs, None, Part(0, sizes.get(BATCH, 1), every, None), sizes)
+        order = np.array(sorted(range(len(needs)), key=needs.__getitem__, reverse=True))
+        plan = self._plan(tuple(needs[place] for place in order), sizes.get(BATCH, 1))
+        if len(plan) == 1:
+            return self._run(inputs, None, plan[0], sizes)
+        rows = [order[part.first : part.last] for part in plan]
+        found = [self._run(inputs, row, part, sizes) for row, part in zip(rows, plan, strict=True)]
+        return [
+            _joined([each[number] for each in found], rows, _axis(dims))
+            for number, dims in enumerate(self.held.outputs)
+        ]
+
+    def _sizes(self, inputs: Sequence[Array]) -> dict[str, int]:
+        """Size of every free dimension; refuses what does not fit."""
+        if len(inputs) != len(self.inputs):
+            raise DataError(f"found {len(inputs)} inputs, expected {len(self.inputs)}: "
+                            f"{', '.join(self.inputs)}", where="inputs")  # fmt: skip
+        sizes: dict[str, int] = {}
+        for (name, declared), array in zip(self.held.inputs.items(), inputs, strict=True):
+            wanted = declared["shape"]
+            fits = array.ndim == len(wanted) and all(
+                size == (sizes.setdefault(want, size) if isinstance(want, str) else want)
+                for want, size in zip(wanted, array.shape, strict=True)
+            )
+            if not fits or 0 in array.shape:
+                known = [f"{want}={sizes[want]}" if want in sizes else want for want in wanted]
+                raise DataError(
+                    f"has shape {list(array.shape)}, expected {known}", where=f"input {name}"
+                )
+            if array.dtype != np.dtype(declared["dtype"]):
+                raise DataError(
+                    f"is {array.dtype}, expected {declared['dtype']}", where=f"input {name}"
+                )
+        return sizes
+
+    def _needs(self, inputs: Sequence[Array], sizes: Sizes) -> tuple[Need, ...] | None:
+        """What each sample needs of the lengths; one entry for all where they stay together.
+
+        None where a sample is hidden whole.
+        """
+        given = tuple(sizes[name] for name in self._lengths)
+        if not self._apart:
+            return (given,)
+        needs = np.tile(np.array(given, int), (sizes[BATCH], 1))
+        for place, name, mask in self._trims:
+            real = inputs[self.inputs.index(mask)] != 0
+            if not real.any(1).all():
+                return None
+            needs[:, place] = sizes[name] - real[:, ::-1].argmax(1)
+        return tuple(map(tuple, needs.tolist()))
+
+    def _run(
+        self, inputs: Sequence[Array], rows: Array | None, part: Part, sizes: Sizes
+    ) -> list[Array]:
+        """One part of a request, padded, run, and cut."""
+        count = part.last - part.first if self._apart else sizes.get(BATCH, 1)
+        wanted = dict(zip(self._lengths, part.need, strict=True)) | {BATCH: count}
+        real = {**sizes, BATCH: count}
+        self._seen[count, part.need] += 1
+        if part.bucket is not None:
+            wanted |= part.bucket.sizes
+        feed = [
+            _shaped(array, declared["shape"], rows, wanted)
+            for array, declared in zip(inputs, self.held.inputs.values(), strict=True)
+        ]
+        found = self._runner(part.bucket).run(feed)
+        pairs = zip(found, self.held.outputs, strict=True)
+        return [_cut(array, dims, real) for array, dims in pairs]
+
+    def _runner(self, bucket: Bucket | None) -> Runner:
+        key = bucket.name if bucket else ""
+        if key not in self._runners:
+            file = bucket.file if bucket else self.held.any_shape
+            if file not in self._checked:
+                check_file(self.held, file)
+                self._checked.add(file)
+            sizes = bucket.sizes if bucket else None
+            self._runners[key] = opened(self.held, file, sizes, self.threads)
+        return self._runners[key]
+
+    # choosing -----------------------------------------------------------------------------
+
+    def _plan(self, needs: tuple[Need, ...], batch: int) -> list[Part]:
+        """How a request, its samples in order, is taken apart."""
+        key = needs, batch
+        if key not in self._plans:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[key] = (
+                self._cheapest(needs) if self._apart else [self._together(needs[0], 0, 1, batch)[1]]
+            )
+        return self._plans[key]
+
+    def _together(self, need: Need, first: int, last: int, batch: int) -> tuple[float, Part]:
+        """The cheaper of a bucket and any shape, for samples that run together."""
+        count = last - first if self._apart else batch
+        free = self._free(count * math.prod(need))
+        bucket = self._fit(batch, need)
+        if bucket is not None and bucket.ms <= free:
+            return bucket.ms, Part(first, last, need, bucket)
+        return free, Part(first, last, need, None)
+
+    def _cheapest(self, needs: tuple[Need, ...]) -> list[Part]:
+        """The parts that cost least together: what follows a part does not depend on it."""
+        count = len(needs)
+        best: list[float] = [0.0] * (count + 1)
+        chosen: list[Part] = []
+        for first in reversed(range(count)):
+            options: list[tuple[float, Part]] = []
+            for size in {*self._counts, count - first}:
+                last = min(first + size, count)
+                need = tuple(map(max, zip(*needs[first:last], strict=True)))
+                cost, part = self._together(need, first, last, size)
+                options.append((cost + best[last], part))
+            best[first], part = min(options, key=lambda option: option[0])
+            chosen.append(part)
+        parts: list[Part] = []
+        while not parts or parts[-1].last < count:
+            parts.append(chosen[count - 1 - (parts[-1].last if parts else 0)])
+        return parts
+
+    def _fit(self, batch: int, need: Need) -> Bucket | None:
+        """The cheapest bucket of a batch that `need` fits."""
+        key = batch, need
+        if key not in self._fits:
+            wanted = dict(zip(self._lengths, need, strict=True))
+            able = [
+                bucket
+                for bucket in self.held.buckets
+                if bucket.sizes.get(BATCH, 1) == batch
+                and all(
+                    bucket.sizes[name] >= size if name in self.held.masks
+                    else bucket.sizes[name] == size
+                    for name, size in wanted.items()
+                )
+            ]  # fmt: skip
+            self._fits[key] = min(able, key=lambda bucket: bucket.ms, default=None)
+        return self._fits[key]
+
+    # what would pay ------------------------------------------------------------------------
+
+    def missed(self) -> list[Missed]:
+        """Shapes that came and would be faster in a bucket of their own, most to save first."""
+        known = {tuple(sorted(bucket.sizes.items())) for bucket in self.held.buckets}
+        fixed = self.held.fixed_cost()
+        seconds = [bucket.seconds for bucket in self.held.buckets] or [1.0]
+        found: list[Missed] = []
+        for (batch, need), calls in self._seen.items():
+            sizes = self._named(batch, need)
+            _, part = self._together(need, 0, batch if self._apart else 1, batch)
+            ms = part.bucket.ms if part.bucket else self._free(elements(sizes))
+            saved = ms - fixed(elements(sizes))
+            if saved > 0 and tuple(sorted(sizes.items())) not in known:
+                served = part.bucket.name if part.bucket else "any shape"
+                pays = int(1e3 * sum(seconds) / len(seconds) / saved) + 1
+                found.append(Missed(sizes, calls, served, ms, ms - saved, calls * saved, pays))
+        return sorted(found, key=lambda missed: missed.saved_ms, reverse=True)
+
+    def _named(self, batch: int, need: Need) -> dict[str, int]:
+        sizes = dict(zip(self._lengths, need, strict=True)) | {BATCH: batch}
+        return {name: sizes[name] for name in self.held.dimensions}
+
+    def compile(self, sizes: Sizes) -> Bucket:
+        """Compile for one more shape, measure it, and write it into the `.buckets` file.
+
+        Raises:
+            DataError: names or sizes that the Program does not take.
+            ExportError: the runtime refuses, or a file cannot be written.
+        """
+        check_sizes(self.held, sizes)
+        check_file(self.held, self.held.source or self.held.any_shape)
+        held, runner = make(self.held, {name: sizes[name] for name in self.held.dimensions})
+        *others, bucket = held.buckets
+        bucket = replace(bucket, ms=timed(held, [(bucket.sizes, runner)], BRIEF)[0])
+        self.held = replace(held, buckets=(*others, bucket))
+        write(self.held)
+        self._runners[bucket.name] = runner
+        self.conditions = {**self.conditions, "buckets": len(self.held.buckets)}
+        self._prepare()
+        return bucket
+
+
+def load(path: str | Path, threads: int | None = None) -> Dispatcher:
+    """Open a `.buckets` file, or the folder that `specialize` wrote.
+
+    Raises:
+        ExportError: no such file, or it is damaged.
+    """
+    path = Path(path)
+    return Dispatcher(read(path / f"{NAME}{SUFFIX}" if path.is_dir() else path), threads)
+
+
+def check_sizes(held: Buckets, sizes: Sizes) -> None:
+    """Refuse sizes that are not those of the free dimensions.
+
+    Raises:
+        DataError: see above.
+    """
+    if set(sizes) != set(held.dimensions) or any(size < 1 for size in sizes.values()):
+        raise DataError(
+            f"found {said(sizes) or 'none'}, expected a size from 1 on for each of "
+            f"{', '.join(held.dimensions)}",
+            where="sizes",
+        )
+
+
+# arrays ---------------------------------------------------------------------------------------
+
+
+def _shaped(array: Array, shape: Sequence[Any], rows: Array | None, wanted: Sizes) -> Array:
+    """Some samples of an input, cut and padded: zeros, and the last sample again."""
+    if rows is not None and BATCH in shape:
+        array = array.take(rows, axis=shape.index(BATCH))
+    target = tuple(wanted[size] if isinstance(size, str) else size for size in shape)
+    if array.shape == target:
+        return array
+    kept = tuple(map(min, zip(array.shape, target, strict=True)))
+    part = tuple(map(slice, kept))
+    made = np.zeros(target, array.dtype)
+    made[part] = array[part]
+    if BATCH in shape:
+        axis = shape.index(BATCH)
+        if kept[axis] < target[axis]:
+            above = (slice(None),) * axis
+            made[*above, kept[axis] :] = made[*above, kept[axis] - 1 : kept[axis]]
+    return made
+
+
+def _cut(array: Array, dims: Mapping[int, str], sizes: Sizes) -> Array:
+    """An output without what padding added."""
+    if all(array.shape[dim] == sizes[name] for dim, name in dims.items()):
+        return array
+    return array[tuple(slice(sizes.get(dims.get(dim, ""))) for dim in range(array.ndim))]
+
+
+def _axis(dims: Mapping[int, str]) -> int:
+    return next(dim for dim, name in dims.items() if name == BATCH)
+
+
+def _joined(parts: Sequence[Array], rows: Sequence[Array], axis: int) -> Array:
+    """Samples of several parts, back at their places."""
+    shape = list(parts[0].shape)
+    shape[axis] = sum(map(len, rows))
+    made = np.empty(shape, parts[0].dtype)
+    for part, row in zip(parts, rows, strict=True):
+        made[(slice(None),) * axis + (row,)] = part
+    return made
