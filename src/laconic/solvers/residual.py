@@ -5,7 +5,7 @@ nobody else reads what lies between. Other inputs of the branch (masks, the enco
 matter. Taking a branch away leaves the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,7 @@ class Branch:
 def branches(program: Program) -> list[Branch]:
     """All residual branches that have weights, in graph order; shapes have to be propagated."""
     order = {node: place for place, node in enumerate(program.graph.nodes)}
+    readers = _readers(program)
     found: list[Branch] = []
     taken: dict[str, int] = {}
     for node in program.graph.nodes:
@@ -50,7 +51,7 @@ def branches(program: Program) -> list[Branch]:
         for place in (0, 1):
             stream, end = pair[place], pair[1 - place]
             inner = _between(stream, end, order)
-            tensors = _tensors(program, inner) if inner else ()
+            tensors = _tensors(readers, inner) if inner else ()
             if inner and tensors and _is_closed(inner, node):
                 name = _name(tensors, node)
                 taken[name] = taken.get(name, 0) + 1
@@ -105,37 +106,45 @@ def _is_closed(inner: Sequence[fx.Node], total: fx.Node) -> bool:
     return all(user in held for node in inner for user in node.users)
 
 
-def _tensors(program: Program, inner: Sequence[fx.Node]) -> tuple[str, ...]:
+def _tensors(readers: Mapping[str, set[fx.Node]], inner: Sequence[fx.Node]) -> tuple[str, ...]:
     """Names of stored tensors that only these operators read."""
     held = set(inner)
+    return tuple(name for name, users in readers.items() if users and users <= held)
+
+
+def _readers(program: Program) -> dict[str, set[fx.Node]]:
+    """Stored tensors → the operators on activations that each of them reaches."""
+    stored = _stored(program)
     readers: dict[str, set[fx.Node]] = {}
     for node in program.graph.nodes:
         if node.op == "get_attr":
             name = program.aliases.get(str(node.target), str(node.target))
-            readers.setdefault(name, set()).update(_final(node))
-    return tuple(name for name, users in readers.items() if users and users <= held)
+            readers.setdefault(name, set()).update(_final(node, stored))
+    return readers
 
 
-def _final(node: fx.Node) -> set[fx.Node]:
+def _final(node: fx.Node, stored: set[fx.Node]) -> set[fx.Node]:
     """Operators on activations that a stored tensor reaches, through operators on it alone."""
     found: set[fx.Node] = set()
     stack = list(node.users)
     while stack:
         user = stack.pop()
-        stored = all(_is_stored(source) for source in user.all_input_nodes)
-        if stored and user.op == "call_function" and user.users:
+        if user in stored and user.users:
             stack += list(user.users)
         else:
             found.add(user)
     return found
 
 
-def _is_stored(node: fx.Node) -> bool:
-    return node.op == "get_attr" or (
-        node.op == "call_function"
-        and bool(node.all_input_nodes)
-        and all(_is_stored(source) for source in node.all_input_nodes)
-    )
+def _stored(program: Program) -> set[fx.Node]:
+    """Stored tensors, and what is computed from them alone."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        sources = node.all_input_nodes
+        computed = node.op == "call_function" and sources and all(n in found for n in sources)
+        if node.op == "get_attr" or computed:
+            found.add(node)
+    return found
 
 
 def _name(tensors: Sequence[str], node: fx.Node) -> str:
