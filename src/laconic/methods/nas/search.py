@@ -216,7 +216,7 @@ class _Hunt:
         wanted = {"macs", *self.method.objectives[1:]}
         wanted |= {name for name in ("size", "latency") if getattr(self.method, name) is not None}
         costs: dict[str, Any] = {
-            "macs": lambda member: self.prices(member).macs / max(whole.macs, 1),
+            "macs": lambda member: self.prices.macs(member) / max(whole.macs, 1),
             "size": lambda member: self.prices(member).bytes / max(whole.bytes, 1),
         }
         if "latency" in wanted:
