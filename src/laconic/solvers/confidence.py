@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from laconic.core.task import Task
-from laconic.measuring import accuracy
+from laconic.measuring import accuracy, intervals
 from laconic.program.choices import CHOOSE
 from laconic.program.program import Program
 
@@ -165,26 +165,35 @@ def solve(
     cut = max(1, round(_CHOOSING * len(order)))
     choosing, testing = answers.part(order[:cut]), answers.part(order[cut:])
     direction = _direction(choosing, task, max_drop, confidence, len(order) - cut)
-    found = tested(testing, task, [NEVER] * len(direction), confidence)
-    for number, step in enumerate(_STEPS):
-        limits = [float(step * value) if value >= 0 else NEVER for value in direction]
-        step_found = tested(testing, task, limits, confidence, number + 1)
-        if not step_found.drop.certifies(max_drop):
+    held, limits = 0, [NEVER] * len(direction)
+    for step in _STEPS:
+        further = [float(step * value) if value >= 0 else NEVER for value in direction]
+        if not _certified(testing, further, task, max_drop, confidence):
             break
-        found = step_found
-    return found
+        held, limits = held + 1, further
+    return tested(testing, task, limits, confidence, held)
+
+
+def _certified(
+    answers: Answers, limits: Sequence[float], task: Task, max_drop: float, confidence: float
+) -> bool:
+    """Whether the bound of the drop is within what is allowed."""
+    if not task.binary:
+        return tested(answers, task, limits, confidence, 0).drop.certifies(max_drop)
+    right, was = answers.scored(limits) > 0, answers.reference > 0
+    lost, gained = int((was & ~right).sum()), int((right & ~was).sum())
+    if (lost - gained) * task.scale > max_drop * len(was):
+        return False  # the bound is never below the drop itself
+    bound = intervals.drop_bound(lost, gained, len(was), confidence)
+    return bound * task.scale <= max_drop
 
 
 def tested(
-    answers: Answers, task: Task, limits: Sequence[float], confidence: float, steps: int = 0
+    answers: Answers, task: Task, limits: Sequence[float], confidence: float, steps: int
 ) -> Limits:
     """What limits come to on samples."""
-    drop = accuracy.drop(
-        torch.from_numpy(answers.reference),
-        torch.from_numpy(answers.scored(limits)),
-        task,
-        confidence=confidence,
-    )
+    before, after = (torch.from_numpy(s) for s in (answers.reference, answers.scored(limits)))
+    drop = accuracy.drop(before, after, task, confidence=confidence)
     counts = np.bincount(answers.stages(limits), minlength=len(answers.costs))
     return Limits(
         values=tuple(limits),

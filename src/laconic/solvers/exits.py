@@ -17,6 +17,7 @@ from laconic.core.suggest import nearest
 from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.program import Program
+from laconic.solvers.grafting import graft
 
 _FIRST = {"conv1d", "conv_transpose1d", "batch_norm", "max_pool1d", "avg_pool1d"}
 _LAST = {"linear", "layer_norm", "embedding", "matmul", "bmm", "scaled_dot_product_attention"}
@@ -73,7 +74,8 @@ def named(program: Program, names: Sequence[str]) -> list[Place]:
             node for node in values if f"{node.meta.get('origin') or ''}.".startswith(f"{name}.")
         ]
         if not same:
-            known = [place.name for place in places(program)] + [node.name for node in values]
+            paths = {str(node.meta.get("origin") or "") for node in values} - {""}
+            known = sorted(paths | {node.name for node in values})
             raise RecipeError(f"no value {name!r}", where="at", hint=nearest(name, known))
         wrong = obstacle(program, same[-1])
         if wrong:
@@ -274,26 +276,7 @@ def heads(found: Sequence[Place], outputs: int, kind: str, budget: float, seed: 
 def attach(program: Program, made: Program, found: Sequence[Place]) -> list[str]:
     """Put the heads into a program's graph, unread; names of the nodes of their outputs.
 
-    The program is changed; recompile it afterwards.
+    The program is changed; recompile and propagate it afterwards.
     """
-    graph = program.graph
-    by_name = {node.name: node for node in graph.nodes}
-    copied: dict[fx.Node, fx.Node] = {
-        node: by_name[place.node] for node, place in zip(made.placeholders, found, strict=True)
-    }
-    with graph.inserting_before(program.output_node):
-        for node in made.graph.nodes:
-            if node.op == "get_attr":
-                held = graph.get_attr(_named(program, made, str(node.target)))
-                held.meta = dict(node.meta)
-                copied[node] = held
-            elif node.op == "call_function":
-                copied[node] = graph.node_copy(node, copied.__getitem__)
-    results: Any = made.output_node.args[0]
-    return [copied[node].name for node in results]
-
-
-def _named(program: Program, made: Program, name: str) -> str:
-    tensor = made.tensor(name).detach().clone()
-    trains = isinstance(made.tensor(name), nn.Parameter)
-    return program.add_tensor(name, nn.Parameter(tensor) if trains else tensor)
+    by_name = {node.name: node for node in program.graph.nodes}
+    return [node.name for node in graft(program, made, [by_name[p.node] for p in found])]
