@@ -3,13 +3,15 @@
 Rows: `w2` .. `w8` (every weight at the same bits), `mixed_3.0` .. (`quantize.mixed` at a mean
 number of bits, harms measured at the outputs), `fisher_3.0` .. (harms from gradients), each rounded
 to nearest, no training; accuracy on validation rows, bytes of the entropy-coded file. `test`: all
-of them on the test rows, once. A page with the chart is written beside the JSON.
+of them on the test rows, once. A page with the chart is written beside the JSON. `vit_where`,
+`minilm_where`, `resnet20_where`: accuracy against milliseconds (`benchmarks/integers_where.py`).
 
     python -m benchmarks.mixed_precision [--depth 56]
 """
 
 from typing import Any
 
+from benchmarks import integers_where
 from benchmarks.cifar import Cifar
 from benchmarks.harness import Bench, Row
 from benchmarks.stages import Stages, apply
@@ -103,6 +105,7 @@ def main(argv: list[str] | None = None) -> Row:
     base = bench.row("base", lambda: {"val": job.net.score(job.net.model, "validation")})
     rows = job.rows()
     bench.row("test", lambda: front_row(job, list(rows)), of=rows)
+    integers_where.rows(bench)
     held = page(job, rows, base.get("val", 0.0))
     front.write(held, bench.path.with_suffix(".html"))
     every = [point for points in held.series.values() for point in points]

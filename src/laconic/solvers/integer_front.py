@@ -120,7 +120,7 @@ def _timed(
     wanted: Sequence[frozenset[int]],
 ) -> tuple[list[Point], float]:
     """Points of networks beside the one in integers, which comes first; and its milliseconds."""
-    sets = [frozenset[int](), *(found for found in wanted if found)]
+    sets = [frozenset[int](), *(found for found in dict.fromkeys(wanted) if found)]
     programs: Mapping[str, Program] = {
         str(number): without(program, [n for i in floats for n in pieces[i].nodes])
         for number, floats in enumerate(sets)
