@@ -4,6 +4,8 @@ start = apply(net.program, transferred(layers=1 / 3), context).program   # or
 start = fresh(start, seed=0)                                             # the same, drawn anew
 """
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -24,11 +26,11 @@ def transferred(**options: Any) -> dict[str, Any]:
     return {"method": "transfer.weights", **options}
 
 
-def fresh(program: Program, seed: int) -> Program:
+def fresh(program: Program, seed: int, keep: Sequence[str] = ()) -> Program:
     """A copy that knows nothing: weights as He et al. (2015) draw them, norms that change nothing.
 
     Matrices that no layer multiplies with (embeddings) keep their spread, other vectors become
-    zero. All draws come from one generator of `seed`.
+    zero. All draws come from one generator of `seed`. Tensors that a glob of `keep` names stay.
     """
     made = program.clone()
     made.propagate()
@@ -38,7 +40,8 @@ def fresh(program: Program, seed: int) -> Program:
     }
     ones = _scales(made)
     for name, tensor in list(made.tensors()):
-        if tensor.is_floating_point():
+        held = any(fnmatchcase(name, pattern) for pattern in keep)
+        if tensor.is_floating_point() and not held:
             made.set_tensor(name, _drawn(tensor, fans.get(name), name in ones, generator))
     return made
 
