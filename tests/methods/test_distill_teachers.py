@@ -14,6 +14,7 @@ from laconic.program.capture import capture
 from laconic.program.sites import Sites
 from laconic.training import losses
 from laconic.training.distillation import Distillation
+from laconic.training.teacher import Original
 
 SHORT = {"steps": 6, "precision": "fp32", "evaluations": 2, "teacher": "torch"}
 CPU = torch.device("cpu")
@@ -235,3 +236,36 @@ def test_a_loss_that_becomes_nan_leaves_the_last_good_state():
     nan = classification(train=batches, loss=loss)
     held = apply({**options, "schedule": "constant", "warmup": 0.0}, student, teacher, nan)
     assert same(held.program, whole.program)
+
+
+class Turning:
+    """Two passes of different batches in turn, which says so."""
+
+    def __init__(self, batches):
+        self.batches, self.period, self.epoch = batches, len(batches), 0
+
+    def __len__(self):
+        return len(self.batches) // 2
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        half = len(self)
+        return iter(self.batches[half * (self.epoch % 2) :][:half])
+
+
+def test_a_teacher_is_asked_once_about_batches_that_come_again(monkeypatch):
+    asked = []
+    known = Original.__call__
+
+    def counting(self, flat, number):
+        asked.append(number)
+        return known(self, flat, number)
+
+    monkeypatch.setattr(Original, "__call__", counting)
+    student, teacher = net(5), net(8)
+    made = apply({"steps": 10}, student, teacher, classification(train=Turning(data(4))))
+    assert asked == [0, 1, 2, 3]
+    listed = apply({"steps": 10}, student, teacher, classification(train=data(4)))
+    assert same(made.program, listed.program)

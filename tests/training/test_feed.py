@@ -129,3 +129,13 @@ def test_the_first_batch_is_told_from_others_whatever_it_holds():
         again = [Feed([batch], 0).beginning() for batch in batches]
     assert len(set(told)) == len(batches)
     assert told == again
+
+
+def test_loaders_that_come_again_say_so():
+    class Turning(Told):
+        period = 6
+
+    assert Feed([1, 2, 3], 0).period == 3
+    assert Feed(Turning(), 0).period == 6
+    assert Feed(Told(), 0).period is None
+    assert Feed(DataLoader(DATA), 0).period is None

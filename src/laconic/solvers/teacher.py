@@ -53,8 +53,8 @@ class Lesson:
 def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, list[str]]:
     """A teacher, what runs it, and what to know about that.
 
-    `stack` closes what the teacher needs. A list of batches, the same in every pass, is asked
-    about once.
+    `stack` closes what the teacher needs. Where batches come again (a list, or a loader with a
+    `period`), each is asked about once.
 
     Raises:
         ExportError: the wished runtime cannot run the original.
@@ -81,8 +81,9 @@ def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, li
     if len(teachers) > 1:
         flat: Any = lesson.programs[0].output_node.args[0]
         teacher = Several(teachers, len(flat))
-    if isinstance(lesson.loader, (list, tuple)) and lesson.loader:
-        teacher = Remembered(teacher, len(lesson.loader))
+    period = Feed(lesson.loader, lesson.seed).period
+    if period is not None:
+        teacher = Remembered(teacher, period)
     return teacher, name, notes
 
 

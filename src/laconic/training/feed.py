@@ -115,9 +115,16 @@ class Feed:
             raise self._empty()
 
     @property
-    def repeats(self) -> bool:
-        """Whether batch `n` is the same in every pass: the loader is a plain list or tuple."""
-        return isinstance(self._loader, (list, tuple))
+    def period(self) -> int | None:
+        """After how many batches the same ones come again; None where they need not.
+
+        That is the length of a plain list or tuple; another loader may have a number `period`, as
+        one that goes through a few fixed augmentations in turn.
+        """
+        if isinstance(self._loader, (list, tuple)):
+            return len(self._loader)
+        told = getattr(self._loader, "period", None)
+        return told if isinstance(told, int) and told > 0 else None
 
     def known_length(self) -> int | None:
         """Batches of one pass, if the loader knows it."""

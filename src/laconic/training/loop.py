@@ -202,30 +202,43 @@ class _Run:
         return max(1, math.ceil(batches / self.batches - 1e-9))
 
     def _steps_in(self, seconds: float) -> int:
-        """Steps that fit into a time, from a few trial steps that are taken back afterwards."""
+        """Steps that fit into a time, from a few trial steps that are taken back afterwards.
+
+        Where batches come again, what the objective remembers makes later steps faster.
+        """
         held = self.state.snapshot()
-        times: list[float] = []
-        while len(times) < 3 or self.processes.agree(
-            len(times) < 12 and sum(times) < 0.02 * seconds
+        first: list[float] = []
+        later: list[float] = []
+        while len(first) < 3 or self.processes.agree(
+            len(first) < 12 and sum(first) < 0.02 * seconds
         ):  # each has a clock of its own
-            began = time.perf_counter()
-            base = len(times) * self.batches
+            base = len(first) * self.batches
             ahead = self.feed.look_ahead(base + self.batches)[base:]
-            self._step(ahead, base, _NO_RATE)
-            times.append(time.perf_counter() - began)
+            first.append(self._trial(ahead, base))
+            if self.feed.period is not None:
+                later.append(self._trial(ahead, base))
         self.state.restore(held)
         began = time.perf_counter()
         if self.job.score is not None:
             self._evaluate()
         judging = self.plan.evaluations * (time.perf_counter() - began)
-        spent = time.perf_counter() - self.started
-        each = sorted(times[1:])[len(times[1:]) // 2]
-        steps = max(1, int((seconds - spent - judging) / each))
-        steps = int(self.processes.agree(steps))
+        left = seconds - (time.perf_counter() - self.started) - judging
+        each = sorted(first[1:])[len(first[1:]) // 2]
+        fresh = math.ceil((self.feed.period or 0) / self.batches)
+        if later and left > fresh * each:
+            again = sorted(later[1:])[len(later[1:]) // 2]
+            each = left / (fresh + (left - fresh * each) / again)
+        steps = int(self.processes.agree(max(1, int(left / each))))
         self.notes.append(
             f"{self.job.plan.minutes:g} minutes were taken as {steps} steps of {each:.3g} s"
         )
         return steps
+
+    def _trial(self, batches: Sequence[Any], base: int) -> float:
+        """Seconds of one step that moves next to nothing."""
+        began = time.perf_counter()
+        self._step(batches, base, _NO_RATE)
+        return time.perf_counter() - began
 
     # steps --------------------------------------------------------------------------------
 
