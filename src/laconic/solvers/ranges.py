@@ -20,7 +20,8 @@ from laconic.solvers.histogram_ranges import resolved_share as resolved_share
 from laconic.solvers.histogram_ranges import squared_error as squared_error
 from laconic.statistics.histogram import Histogram
 
-WeightRule = Rule
+OutputRule = Rule | Literal["output"]
+"""Rules of methods that have calibration data: also the least error of the layer's outputs."""
 Pair = tuple[Tensor, Tensor]
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -28,13 +29,14 @@ _TINY = torch.finfo(torch.float32).tiny
 def weight_grid(
     weight: Tensor,
     axis: int | None,
-    rule: Rule,
+    rule: OutputRule,
     bits: int = 8,
     *,
     group: int | None = None,
     symmetric: bool = True,
     power_of_two: bool = False,
     percentile: float = 99.9,
+    moments: Tensor | None = None,
 ) -> Grid:
     """A signed grid for each index of `axis`, or for each run of `group` elements of its slices.
 
@@ -47,12 +49,15 @@ def weight_grid(
         axis: None: one grid for the whole tensor.
         rule: "minmax" clips nothing, "mse" has the least squared error for each slice; "percentile"
             and "entropy" clip every slice at the same share of its extremes, because one slice has
-            too few values for a histogram.
+            too few values for a histogram; "output" has the least squared error of the outputs for
+            inputs of these `moments`, and is "mse" without them or without an axis.
         bits: of the codes, 2 to 16.
         group: elements that share a scale, None: the whole slice.
         symmetric: see above.
         power_of_two: every scale is a power of two.
         percentile: per cent of the values that "percentile" does not clip at either end.
+        moments: float64 `[slice, slice]`, of the inputs that one slice's elements multiply; of
+            groups their own part of it counts.
 
     Raises:
         RecipeError: `bits` out of range, or a group that does not divide.
@@ -71,8 +76,9 @@ def weight_grid(
         share = _shares(rows, low, high, rule, symmetric, percentile, bits)
         low, high = low * share[0], high * share[1]
     scale, zero = _affine_of(low, high, qmin, qmax)
-    if rule == "mse":
-        scale, zero = _least_row_error(rows, low, high, qmin, qmax)
+    if rule in ("mse", "output"):
+        counted = _blocks(moments, rows) if rule == "output" and axis is not None else None
+        scale, zero = _least_row_error(rows, low, high, qmin, qmax, counted)
     if power_of_two:
         scale, zero = _powers(rows, scale, low, qmin, qmax, clips=rule != "minmax")
     scale = _filled(rows, scale).reshape(side)
@@ -152,8 +158,21 @@ def _filled(rows: Tensor, scale: Tensor) -> Tensor:
     return scale.float().clamp(min=_TINY)
 
 
-def _least_row_error(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int) -> Pair:
+def _blocks(moments: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The moments of each group's own columns, float32 `[groups, columns, columns]`."""
+    if moments is None or not rows.numel():
+        return None
+    size = rows.shape[1]
+    runs = moments.to(rows.device).float().unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    return runs.diagonal(dim1=0, dim2=2).movedim(-1, 0).contiguous()
+
+
+def _least_row_error(
+    rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: int, counted: Tensor | None
+) -> Pair:
     """Scale and zero point of each row with the least squared error, the range within [low, high].
+
+    `counted`: what errors count, `[groups, columns, columns]`; None: all alike.
 
     Both ends shrink together; where the grid is not symmetric then each by itself.
     """
@@ -171,19 +190,30 @@ def _least_row_error(rows: Tensor, low: Tensor, high: Tensor, qmin: int, qmax: i
             ends = kept  # shrunk together as far as pays; now each by itself
         tried = ends[0] * first, ends[1] * last
         grid = _affine_of(*tried, qmin, qmax)
-        error = _row_errors(narrow, *grid, qmin, qmax)
+        error = _row_errors(narrow, *grid, qmin, qmax, counted)
         better = error < best
         best = torch.where(better, error, best)
         found, kept = _picked(better, grid, found), _picked(better, tried, kept)
     return found
 
 
-def _row_errors(rows: Tensor, scale: Tensor, zero: Tensor, qmin: int, qmax: int) -> Tensor:
+def _row_errors(
+    rows: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    qmin: int,
+    qmax: int,
+    counted: Tensor | None = None,
+) -> Tensor:
     """Summed squared error of each row (float32) on its grid, float64."""
     side, origin = scale.clamp(min=1e-38).float()[:, None], zero.float()[:, None]
     codes = torch.round(rows / side).add_(origin).clamp_(qmin, qmax)
     off = codes.sub_(origin).mul_(side).sub_(rows)
-    return off.square_().sum(1, dtype=torch.float64)
+    if counted is None:
+        return off.square_().sum(1, dtype=torch.float64)
+    wide = off.unflatten(0, (-1, len(counted)))
+    made = torch.einsum("ngc,gcd->ngd", wide, counted)
+    return made.mul_(wide).sum(2, dtype=torch.float64).flatten()
 
 
 def _powers(rows: Tensor, scale: Tensor, low: Tensor, qmin: int, qmax: int, *, clips: bool) -> Pair:

@@ -18,7 +18,7 @@ from laconic.forms import affine
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import folding, insertion, ranges
+from laconic.solvers import folding, insertion, output_ranges, ranges
 from laconic.solvers.ranges import Grid
 from laconic.solvers.setting import Setting
 from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
@@ -37,7 +37,7 @@ class GridOptions(BaseModel):
         symmetric: the grid lies around zero and has an odd number of points; otherwise it has a
             zero point and all of them, which counts at 2 and 3 bits.
         weight_range: how the scale is chosen: "minmax" clips nothing, "mse" for the least squared
-            error of the weights.
+            error of the weights, "output" for that of the layer's outputs on calibration data.
         first_last: bits of the first and the last layer; None: like the others.
         freeze: store the weights as integers; the Program then does not train on.
     """
@@ -45,7 +45,7 @@ class GridOptions(BaseModel):
     bits: int = Field(default=4, ge=2, le=16)
     group: int | None = Field(default=None, ge=1)
     symmetric: bool = False
-    weight_range: ranges.Rule = "mse"
+    weight_range: ranges.OutputRule = "mse"
     first_last: int | None = Field(default=8, ge=2, le=16)
     freeze: bool = False
 
@@ -61,6 +61,7 @@ class Rounding:
         options: those of the method.
         notes: sentences for the outcome.
         grids: of the weights that have been settled.
+        moments: weight → second moments of its inputs, if the weights' ranges need them.
     """
 
     program: Program
@@ -69,6 +70,7 @@ class Rounding:
     options: GridOptions
     notes: list[str]
     grids: dict[str, Grid] = field(default_factory=dict[str, Grid])
+    moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def grid(self, site: WeightSite, weight: Tensor) -> Grid:
         """The grid for a site whose weight is `weight`."""
@@ -79,6 +81,7 @@ class Rounding:
             self.bits[site.name],
             group=self._group(site, weight),
             symmetric=self.options.symmetric,
+            moments=self.moments.get(site.name),
         )
 
     def settle(self, site: WeightSite, weight: Tensor, grid: Grid) -> None:
@@ -136,7 +139,8 @@ def opened(program: Program, sites: Sites, options: GridOptions, setting: Settin
 
     Raises:
         RecipeError: sites that match nothing.
-        DataError: a chosen weight holds NaN or infinite values.
+        DataError: a chosen weight holds NaN or infinite values; for ranges by outputs, calibration
+            data that are missing or unfit.
     """
     copied = program.clone().to(setting.device)
     folded = folding.fold_batch_norms(copied, forwards=False)
@@ -145,6 +149,9 @@ def opened(program: Program, sites: Sites, options: GridOptions, setting: Settin
     names = set(choose_sites(copied, sites, [site.name for site in found]))
     bits = _bits(copied, found, options)
     work = Rounding(copied, [], bits, options, [*folded.notes, *notes])
+    if options.weight_range == "output":
+        batches = list(calibration(copied, setting, output_ranges.SAMPLES))
+        work.moments = output_ranges.moments(copied, names, batches, setting.progress)
     for site in found:
         if site.name in names and _can(work, site):
             work.sites.append(site)

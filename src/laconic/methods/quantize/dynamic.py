@@ -47,7 +47,8 @@ class QuantizeDynamic(Method):
         per_channel: one weight scale for each output channel, not one for the tensor.
         per_token: a range for each position of a sequence, not one for the tensor.
         convolutions: whether convolutions are quantised as well.
-        weight_range: "mse" clips each channel for the least squared error, "minmax" clips nothing.
+        weight_range: "mse" clips each channel for the least squared error, "minmax" clips nothing,
+            "output" needs data: the least error of the layer's outputs.
         freeze: store the weights as integers; the Program then does not train on.
     """
 
@@ -58,7 +59,7 @@ class QuantizeDynamic(Method):
     per_channel: bool = True
     per_token: bool = False
     convolutions: bool = False
-    weight_range: ranges.WeightRule = "mse"
+    weight_range: ranges.OutputRule = "mse"
     freeze: bool = False
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
@@ -80,7 +81,9 @@ class QuantizeDynamic(Method):
         for site in work.sites:
             axis = site.axis if self.per_channel else None
             weight = work.program.tensor(site.name).detach()
-            grid = ranges.weight_grid(weight, axis, self.weight_range, self.bits)
+            grid = ranges.weight_grid(
+                weight, axis, self.weight_range, self.bits, moments=work.moments.get(site.name)
+            )
             insertion.quantize_weight(work.program, site, axis, grid)
         made = work.program
         made.drop_unused()

@@ -47,7 +47,8 @@ class QuantizeMixed(Method):
         samples: calibration samples.
         group: weights of an output channel that share a scale; None: all of them.
         symmetric: the grid lies around zero; otherwise it has a zero point.
-        weight_range: "minmax" clips nothing, "mse" for the least squared error of the weights.
+        weight_range: "minmax" clips nothing, "mse" for the least squared error of the weights,
+            "output" for that of the layer's outputs.
         freeze: store the weights as integers; the Program then does not train on.
         bits: resolved: weight → its width, instead of measuring.
     """
@@ -60,7 +61,7 @@ class QuantizeMixed(Method):
     samples: int = Field(default=128, ge=1)
     group: int | None = Field(default=None, ge=1)
     symmetric: bool = False
-    weight_range: ranges.WeightRule = "mse"
+    weight_range: ranges.OutputRule = "mse"
     freeze: bool = False
     bits: dict[str, int] | None = None
 

@@ -33,10 +33,18 @@ from laconic.program.normalize import base_name
 from laconic.program.program import FAKE_QUANTIZE, Program
 from laconic.program.sites import Sites
 from laconic.solvers import bias_correction as biases
-from laconic.solvers import folding, insertion, placement, ranges, sensitivity, smoothing
+from laconic.solvers import (
+    folding,
+    insertion,
+    output_ranges,
+    placement,
+    ranges,
+    sensitivity,
+    smoothing,
+)
 from laconic.solvers.placement import Place
 from laconic.solvers.ranges import Grid
-from laconic.solvers.weight_sites import WeightSite, weight_sites
+from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
 from laconic.statistics.base import Statistic
 from laconic.statistics.batches import Batches
 from laconic.statistics.collect import collect
@@ -57,8 +65,11 @@ class QuantizeStatic(Method):
         activations: whether activations are quantised; without them only the file gets smaller.
         bits: of the weights' codes, 2 to 8; activations have 8.
         per_channel: one weight scale for each output channel, not one for the tensor.
-        weight_range: "mse" clips each channel for the least squared error, "minmax" clips nothing.
-        range: how activation ranges are chosen: "minmax", "percentile", "mse", "entropy".
+        weight_range: "mse" clips each channel for the least squared error, "minmax" clips nothing;
+            "output" for the least error of the layer's outputs on the calibration data.
+        range: how activation ranges are chosen: "minmax", "percentile", "mse", "entropy", or
+            "output": the least error of the outputs of the layers that read it ("mse" where none
+            does directly).
         percentile: per cent of the values that "percentile" clips at neither end.
         symmetric: True: signed activations have zero point 0; False: all have the zero point that
             fits best; "auto": symmetric at convolutions, additions and products of two activations
@@ -78,8 +89,8 @@ class QuantizeStatic(Method):
     activations: bool = True
     bits: int = Field(default=8, ge=2, le=8)
     per_channel: bool = True
-    weight_range: ranges.WeightRule = "mse"
-    range: ranges.Rule = "mse"
+    weight_range: ranges.OutputRule = "mse"
+    range: ranges.OutputRule = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100)
     symmetric: bool | Literal["auto"] = "auto"
     bias_correction: Literal["none", "analytic", "empirical"] = "analytic"
@@ -137,7 +148,7 @@ class QuantizeStatic(Method):
         found, notes = weight_sites(work.program)
         operators = placement.operator_sites(work.program, found)
         names = [site.name for site in found] + operators
-        chosen = set(_chosen(work.program, sites, names))
+        chosen = set(choose_sites(work.program, sites, names))
         work.notes += notes
         work.sites = [site for site in found if site.name in chosen]
         work.operators = [name for name in operators if name in chosen]
@@ -196,13 +207,15 @@ class QuantizeStatic(Method):
         groups: dict[int, list[Place]] = {}
         for place in work.places:
             groups.setdefault(place.group, []).append(place)
-        for members in groups.values():
+        suited = self._suited(work, groups)
+        for number, members in groups.items():
             symmetric = any(self._is_symmetric(place) for place in members)
             if self.ranges is not None:
                 self._take_range(work, members, symmetric)
                 continue
             names = [place.name for place in members]
-            reason, chosen = self._range_of([work.histograms[name] for name in names], symmetric)
+            total = _merged([work.histograms[name] for name in names])
+            reason, chosen = self._range_of(total, symmetric, suited.get(number))
             if reason:
                 work.skip(members, reason)
                 continue
@@ -210,14 +223,32 @@ class QuantizeStatic(Method):
                 work.ranges[name] = chosen
                 work.grids[name] = ranges.grid(*chosen, symmetric=symmetric)
 
-    def _range_of(self, found: Sequence[Histogram], symmetric: bool) -> tuple[str, Range]:
-        """The range over all of the histograms, or why there is none."""
-        total = Histogram(found[0].bins)
-        for histogram in found:
-            total.merge(histogram)
-        if total.total == 0 or total.minimum == total.maximum == 0:
+    def _suited(self, work: "_Work", groups: Mapping[int, Sequence[Place]]) -> dict[int, Range]:
+        """Of each group of places the range that its readers' outputs suffer least from."""
+        if self.range != "output" or self.ranges is not None:
+            return {}
+        told = {
+            number: (members, _merged([work.histograms[place.name] for place in members]),
+                     any(self._is_symmetric(place) for place in members))
+            for number, members in groups.items()
+        }  # fmt: skip
+        seen = {number: held for number, held in told.items() if _has_range(held[1])}
+        batches = list(work.batches(min(self.samples, output_ranges.SAMPLES)))
+        progress = work.context.progress
+        return output_ranges.activation_ranges(
+            work.program, seen, batches, self.percentile, progress
+        )
+
+    def _range_of(
+        self, total: Histogram, symmetric: bool, suited: Range | None
+    ) -> tuple[str, Range]:
+        """The range over a histogram, or why there is none."""
+        if not _has_range(total):
             return "only zeros were seen in calibration, so no range is known", (0.0, 0.0)
-        chosen = ranges.choose(total, self.range, symmetric=symmetric, percentile=self.percentile)
+        rule = "mse" if self.range == "output" else self.range
+        chosen = suited or ranges.choose(
+            total, rule, symmetric=symmetric, percentile=self.percentile
+        )
         made = ranges.grid(*chosen, symmetric=symmetric)
         if ranges.resolved_share(total, made) < _RESOLVED_ENOUGH:
             extremes = f"[{total.minimum:.4g}, {total.maximum:.4g}]"
@@ -267,10 +298,18 @@ class QuantizeStatic(Method):
         work.program.recompile()
 
     def _insert_weights(self, work: "_Work") -> None:
+        if self.weight_range == "output":
+            batches = list(work.batches(min(self.samples, output_ranges.SAMPLES)))
+            names = [site.name for site in work.sites]
+            work.moments = output_ranges.moments(
+                work.program, names, batches, work.context.progress
+            )
         for site in work.sites:
             weight = work.program.tensor(site.name).detach()
             axis = site.axis if self.per_channel else None
-            chosen = ranges.weight_grid(weight, axis, self.weight_range, self.bits)
+            chosen = ranges.weight_grid(
+                weight, axis, self.weight_range, self.bits, moments=work.moments.get(site.name)
+            )
             insertion.quantize_weight(work.program, site, axis, chosen)
             difference = ranges.on_grid(weight, axis, chosen).double() - weight.double()
             for node, name in work.layers():
@@ -316,6 +355,7 @@ class _Work:
     ranges: dict[str, Range] = field(default_factory=dict[str, Range])
     grids: dict[str, Grid] = field(default_factory=dict[str, Grid])
     errors: dict[str, float] = field(default_factory=dict[str, float])
+    moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     kept: list[str] = field(default_factory=list[str])
 
     def layers(self) -> list[tuple[fx.Node, str]]:
@@ -342,15 +382,13 @@ class _Work:
             self.ranges.pop(place.name, None)
 
 
-def _chosen(program: Program, sites: Sites, names: Sequence[str]) -> list[str]:
-    """The selected names; a tied weight is in by any of its names, and out by any of them."""
-    barred = Sites(("*", *(p for p in sites.patterns if p.startswith("!"))))
-    others: dict[str, list[str]] = {}
-    for alias, name in program.aliases.items():
-        others.setdefault(name, []).append(alias)
-    every = [(n, [n, *others.get(n, ())]) for n in names]
-    sites.choose([each for _, group in every for each in group])
-    return [
-        name for name, group in every
-        if any(sites.match(n) for n in group) and all(barred.match(n) for n in group)
-    ]  # fmt: skip
+def _merged(found: Sequence[Histogram]) -> Histogram:
+    """All values of several histograms."""
+    total = Histogram(found[0].bins)
+    for histogram in found:
+        total.merge(histogram)
+    return total
+
+
+def _has_range(histogram: Histogram) -> bool:
+    return histogram.total > 0 and not histogram.minimum == histogram.maximum == 0

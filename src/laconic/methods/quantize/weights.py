@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
-from torch import Tensor
 
 from laconic.core.errors import RecipeError
 from laconic.forms import affine, levels
@@ -62,7 +61,8 @@ class QuantizeWeights(GridOptions, CorrectionOptions, Method):
         per_channel: one scale for each output channel, not one for the tensor.
         power_of_two: scales are powers of two: a shift instead of a product.
         weight_range: "minmax" clips nothing, "mse" has the least squared error; for integers also
-            "percentile" and "entropy", one share of its range for all channels of a weight.
+            "percentile" and "entropy", one share of its range for all channels of a weight, and
+            "output", the least error of the layer's outputs on calibration data.
         percentile: per cent of the weights that "percentile" clips at neither end.
         first_last: bits of the first and the last layer, on an integer grid with a scale for each
             channel, where that is more than the others have; None: like the others.
@@ -145,7 +145,7 @@ class QuantizeWeights(GridOptions, CorrectionOptions, Method):
         weight = work.program.tensor(site.name).detach()
         end = self.first_last is not None and self.first_last > self._width()
         if end and work.bits[site.name] != work.options.bits:
-            return self._integers(weight, site.axis, work.bits[site.name], None)
+            return self._integers(work, site.name, site.axis, work.bits[site.name], None)
         group = self.group or (_MX_GROUP if self.grid in _MX else None)
         axis = site.axis if self.per_channel else None
         if group is not None:
@@ -153,7 +153,7 @@ class QuantizeWeights(GridOptions, CorrectionOptions, Method):
             group = self._group(work, site.name, affine.slice_size(weight.shape, axis), group)
         name = self._levels()
         if name is None:
-            return self._integers(weight, axis, self._width(), group)
+            return self._integers(work, site.name, axis, self._width(), group)
         scale = ranges.level_scale(
             weight,
             axis,
@@ -184,8 +184,9 @@ class QuantizeWeights(GridOptions, CorrectionOptions, Method):
         )
 
     def _integers(
-        self, weight: Tensor, axis: int | None, bits: int, group: int | None
+        self, work: Rounding, name: str, axis: int | None, bits: int, group: int | None
     ) -> "_Chosen":
+        weight = work.program.tensor(name).detach()
         grid = ranges.weight_grid(
             weight,
             axis,
@@ -195,6 +196,7 @@ class QuantizeWeights(GridOptions, CorrectionOptions, Method):
             symmetric=self.symmetric or self.grid == "ternary",
             power_of_two=self.power_of_two,
             percentile=self.percentile,
+            moments=work.moments.get(name),
         )
         parts = (grid.scale, grid.zero_point, axis, grid.qmin, grid.qmax)
         return _Chosen(Affine(affine.encode(weight, *parts), *parts))
