@@ -31,29 +31,19 @@ _STREAM = 7  # of random numbers, apart from those of the loop
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 
 
-class Slice:
-    """A sub-network that runs on slices of another Program's tensors."""
+class StandIn:
+    """A graph that runs on other tensors than those it was made with."""
 
-    def __init__(self, cut: Cut, shared: Program) -> None:
-        """`cut`: of a Program with the same tensors as `shared`, whose values are used."""
-        held = dict(shared.tensors())
-        made = cut.program.to(next((t.device for t in held.values()), torch.device("cpu")))
-        made.dropout = shared.dropout
-        made.train()
-        self._run: Callable[..., tuple[Tensor, ...]] = made.recompile()
-        names = {str(node.target) for node in made.graph.nodes if node.op == "get_attr"}
-        self._views: dict[str, Callable[[], Tensor | None]] = {}
-        for name in names:
-            own = made.aliases.get(name, name)
-            # what the cut wrote out itself is a constant
-            self._views[name] = (
-                _view(cut, shared, own) if own in held else partial(made.tensor, own)
-            )
-        for name in _statistics(made):
-            self._views[name] = _nothing
+    def __init__(
+        self,
+        run: Callable[..., tuple[Tensor, ...]],
+        views: Mapping[str, Callable[[], Tensor | None]],
+    ) -> None:
+        """`run`: a Program's function; `views`: of every name in its graph the value, when run."""
+        self._run, self._views = run, views
 
     def __call__(self, *flat: Tensor) -> tuple[Tensor, ...]:
-        """Flat outputs; gradients reach the shared tensors."""
+        """Flat outputs; gradients reach what the views are made of."""
         place = SimpleNamespace()
         for name, view in self._views.items():
             *path, leaf = name.split(".")
@@ -64,6 +54,30 @@ class Slice:
                 at = getattr(at, part)
             setattr(at, leaf, view())
         return self._run(place, *flat)
+
+
+class Slice(StandIn):
+    """A sub-network that runs on slices of another Program's tensors."""
+
+    def __init__(self, cut: Cut, shared: Program) -> None:
+        """`cut`: of a Program with the same tensors as `shared`, whose values are used."""
+        held = dict(shared.tensors())
+        made = cut.program.to(next((t.device for t in held.values()), torch.device("cpu")))
+        made.dropout = shared.dropout
+        made.train()
+        views: dict[str, Callable[[], Tensor | None]] = {}
+        for name in tensor_names(made):
+            own = made.aliases.get(name, name)
+            # what the cut wrote out itself is a constant
+            views[name] = _view(cut, shared, own) if own in held else partial(made.tensor, own)
+        for name in _statistics(made):
+            views[name] = _nothing
+        super().__init__(made.recompile(), views)
+
+
+def tensor_names(program: Program) -> set[str]:
+    """Names of the stored tensors as the graph has them."""
+    return {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
 
 
 def _nothing() -> None:
