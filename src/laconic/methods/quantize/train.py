@@ -6,8 +6,9 @@ pass; gradients go straight through the rounding, and the steps of the grids tra
 arXiv 1805.06085). The targets are the outputs of the float original (`distill.logits`), mixed with
 labels by `alpha`. Bits may fall during the run (`lowering`), weights that jump between two codes
 can be damped or frozen (Nagel et al., arXiv 2203.08453). `ternary` has the codes -1, 0 and 1 with
-one trained step (TWN, Li et al., arXiv 1605.04711, with LSQ's step; not TTQ's two scales, which are
-no uniform grid).
+one trained step (TWN, Li et al., arXiv 1605.04711, with LSQ's step); with "two-sided" the positive
+and the negative value train by themselves (TTQ, Zhu et al., arXiv 1612.01064), and a weight ends as
+a codebook of three values.
 
 Batch norm stays while the network trains, so that it follows the changing weights, and is folded
 into the steps at the end, which keeps every code. The result is a Program as `quantize.static`
@@ -22,7 +23,7 @@ activations, and one pass over `samples` for the first ranges.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 from torch import fx
@@ -31,7 +32,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import folding, learned_steps, norm_signs, placement
+from laconic.solvers import folding, learned_steps, norm_signs, placement, ternary_layers
 from laconic.solvers.learned_grids import Course as GridCourse
 from laconic.solvers.learned_grids import LearnedGrids
 from laconic.solvers.learned_steps import Clipping, Ends, Initial, LearnedStep
@@ -39,6 +40,7 @@ from laconic.solvers.learning import Course, Learning, trainable
 from laconic.solvers.oscillation import Damping
 from laconic.solvers.placement import Place
 from laconic.solvers.ranges import Grid
+from laconic.solvers.ternary_layers import TernaryWeight
 from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
 from laconic.statistics.batches import Batches
 from laconic.statistics.collect import collect
@@ -58,7 +60,9 @@ class QuantizeTrain(Learning, Method):
         activations: bits of what goes into the operators; None leaves it float. With 8, residual
             additions and pools between them are rounded too, so that runtimes stay in integers.
         first_last: bits of the first and of the last weight and its input; None: like the rest.
-        ternary: weights of 2 bits have the codes -1, 0 and 1 only.
+        ternary: weights of 2 bits have the codes -1, 0 and 1 only; "two-sided": three values, of
+            which the positive and the negative one train by themselves (no grid, so no `lowering`).
+        threshold: of "two-sided": from which part of its largest magnitude on a weight is not 0.
         per_channel: a step for each output channel, not one for the tensor.
         initial: where the steps begin: the least squared error ("mse"), or `2 mean |x| /
             sqrt(largest code)` ("lsq").
@@ -79,7 +83,8 @@ class QuantizeTrain(Learning, Method):
     bits: int = Field(default=4, ge=2, le=8)
     activations: int | None = Field(default=None, ge=2, le=8)
     first_last: int | None = Field(default=8, ge=2, le=8)
-    ternary: bool = False
+    ternary: bool | Literal["two-sided"] = False
+    threshold: float = Field(default=0.05, ge=0, lt=1)
     per_channel: bool = True
     initial: Initial = "mse"
     clipping: Clipping = "lsq"
@@ -100,6 +105,8 @@ class QuantizeTrain(Learning, Method):
             )
         if self.ternary and self.bits != 2:
             raise ValueError(f"ternary weights have bits: 2, not {self.bits}")
+        if self.lowering and self.ternary == "two-sided":
+            raise ValueError("two-sided ternary weights have no wider grids: leave lowering out")
         if self.lowering and self.compile:
             raise ValueError("lowering changes the graph while it trains: leave compile out")
         return self
@@ -120,7 +127,8 @@ class QuantizeTrain(Learning, Method):
             return Outcome(program=program.clone(), notes=work.notes)
         histograms = self._calibrate(work)
         self._insert(work, histograms)
-        attendant = LearnedGrids(work.steps, self._course(work))
+        steps = [*work.steps, *(held.step for held in work.ternary)]
+        attendant = LearnedGrids(steps, self._course(work))
         student = work.program.train()
         names = trainable(student, _ALL)
         learned = self.learn(program, student, names, Course.of(context), attendant=attendant)
@@ -132,7 +140,7 @@ class QuantizeTrain(Learning, Method):
             notes=[*work.notes, *learned.notes],
             figures={
                 **learned.figures,
-                "weights": sum(step.weight is not None for step in work.steps),
+                "weights": sum(step.weight is not None for step in work.steps) + len(work.ternary),
                 "activations": sum(step.weight is None for step in work.steps),
                 "jumping": jumping,
             },
@@ -201,15 +209,20 @@ class QuantizeTrain(Learning, Method):
             )
         for site in work.sites:
             axis = site.axis if self.per_channel else None
+            if self.ternary == "two-sided" and stages[site.name] == [(-1, 1)]:
+                held = ternary_layers.insert_weight(work.program, site, axis, self.threshold)
+                work.ternary.append(held)
+                continue
             work.steps.append(
                 learned_steps.insert_weight(
                     work.program, site, axis, stages[site.name], self.initial
                 )
             )
         work.program.recompile()
+        work.program.propagate()
 
     def _ends(self, bits: Sequence[int]) -> list[Ends]:
-        return [learned_steps.weight_ends(b, ternary=self.ternary and b == 2) for b in bits]
+        return [learned_steps.weight_ends(b, ternary=bool(self.ternary) and b == 2) for b in bits]
 
     def _grids(self, work: "_Work", place: Place, histogram: Histogram) -> list[Grid]:
         assert self.activations is not None
@@ -231,9 +244,11 @@ class QuantizeTrain(Learning, Method):
     def _finish(self, work: "_Work", *, frozen: bool) -> Program:
         made = work.program
         learned_steps.settle(made, work.steps)
+        ternary_layers.as_floats(made, work.ternary)
         if self.fold:
             folded = folding.fold_batch_norms(made, forwards=False)
             work.notes += folded.notes
+        ternary_layers.settle(made, work.ternary)
         made.drop_unused()
         made.recompile()
         return freeze(made) if frozen or self.freeze else made
@@ -248,6 +263,7 @@ class _Work:
     sites: list[WeightSite] = field(default_factory=list[WeightSite])
     places: list[Place] = field(default_factory=list[Place])
     steps: list[LearnedStep] = field(default_factory=list[LearnedStep])
+    ternary: list[TernaryWeight] = field(default_factory=list[TernaryWeight])
     ends: set[str] = field(default_factory=set[str])
     positive: list[str] = field(default_factory=list[str])
     notes: list[str] = field(default_factory=list[str])
