@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from laconic.core.errors import DataError, RecipeError
 from laconic.core.progress import SILENT, Progress
 from laconic.core.suggest import nearest
-from laconic.core.task import Task
+from laconic.core.task import Task, to_device
 from laconic.program.cost import cost
 from laconic.program.equations import operator_name
 from laconic.program.program import Program
@@ -101,7 +101,8 @@ class Answer:
     def scores(self, answers: Tensor, targets: Any) -> Tensor:
         """The task's metric, one number a sample, of answers `[rows, values]`."""
         given = answers.reshape(len(answers), *self.shape).float()
-        return self.task.metric(self.program.signature.arrange([given]), targets)
+        outputs = self.program.signature.arrange([given])
+        return self.task.metric(outputs, to_device(targets, given.device))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.core.errors import RecipeError
-from laconic.core.task import Task
+from laconic.core.task import Task, to_device
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.freezing import freeze, is_frozen, thaw
@@ -165,13 +165,14 @@ class _Extraction:
         """The task's mean loss over validation data, else training data, as the head is now."""
         context, task = self.context, self.context.task
         there = body.clone().to(context.device)
+        home = student.tensor(head.layers[0][0]).device
         held: list[tuple[Tensor, Any, int]] = []
         for number, batch in enumerate(task.batches("validation", "train")):
             inputs, targets = task.split(batch)
             flat = flat_inputs(body, inputs, f"validation batch {number}")
             with torch.no_grad():
                 (features,) = there.run_flat(*(tensor.to(context.device) for tensor in flat))
-            held.append((features.cpu(), targets, count(body, flat)))
+            held.append((features.to(home), to_device(targets, home), count(body, flat)))
             if sum(size for _, _, size in held) >= self.method.samples:
                 break
 
