@@ -3,7 +3,7 @@
 Every number of a result is measured on such a file, in the runtime that would run it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,15 @@ from laconic.core.measurement import Measurement
 from laconic.core.progress import SILENT, Progress
 from laconic.core.task import Task
 from laconic.engine.check import with_finite_inputs
-from laconic.engine.files import precisions
+from laconic.engine.files import precisions, write_chain
 from laconic.engine.store import Store, fingerprint, key_of
+from laconic.engine.stream import stream
 from laconic.measuring import accuracy, latency, memory
+from laconic.program.choices import choices
 from laconic.program.program import Program
 from laconic.program.signature import rebuild
-from laconic.runtimes.base import Precision, Runner, batch_of, fixed_shapes
+from laconic.runtimes import _chain
+from laconic.runtimes.base import Array, Precision, Runner, batch_of, fixed_shapes
 
 BRIEF = latency.Plan(rounds=7, seconds=0.1)
 
@@ -51,6 +54,7 @@ class Yard:
         device: where a Program itself is scored.
         progress: shows what goes on.
         plan: how long latencies are measured.
+        task: whose held-out samples are served where a Program decides by input.
     """
 
     def __init__(
@@ -62,8 +66,10 @@ class Yard:
         device: torch.device | None = None,
         progress: Progress = SILENT,
         plan: latency.Plan | None = None,
+        task: Task | None = None,
     ) -> None:
         self.folder = folder
+        self.task = task
         self.store = store
         self.threads = threads
         self.device = device or torch.device("cpu")
@@ -105,10 +111,26 @@ class Yard:
         return path
 
     def runner(self, way: Deployed, batch: int | None = None) -> Runner:
-        """The file, loaded; for one batch size where it is given, else for any."""
+        """The file, loaded; for one batch size where it is given, else for any.
+
+        Where the Program decides by input it is the chain of its pieces.
+        """
         engine = runtimes.get(way.runtime)
         shapes = None if batch is None else fixed_shapes(way.program, batch)
+        chain = self._chain(way)
+        if chain is not None:
+            return _chain.load(chain, engine, self.threads, shapes)
         return engine.load(self.path(way, batch), way.precision, self.threads, shapes)
+
+    def _chain(self, way: Deployed) -> Path | None:
+        """The chain beside the static file; None where nothing is decided by input."""
+        engine = runtimes.get(way.runtime)
+        name = key_of(self.key(way.program), way.precision, None)
+        path = self.folder / f"{name}{engine.suffix}"
+        target = _chain.path_of(path, engine)
+        if target.exists():
+            return target
+        return write_chain(way.program, path, engine, way.precision, self.threads)
 
     def scores(self, way: Deployed, task: Task, split: str) -> Tensor:
         """One score per sample `[n]` float64 of a split, by the exported file.
@@ -156,41 +178,55 @@ class Yard:
     ) -> dict[str, Measurement]:
         """Latency of every way by its label, in turns within one run, at one batch size.
 
+        Where one of them decides by input, all are given the same held-out samples, a batch after
+        the other, and a latency is the mean over these; else the example inputs.
         `eager` adds Programs run by torch itself. The values are kept: a resumed run finds those
         that its earlier decisions rest on.
         """
         eager = eager or {}
         names = {label: [self.key(way.program), str(way)] for label, way in ways.items()}
         names |= {label: [self.key(program), "eager"] for label, program in eager.items()}
-        key = key_of(names, batch, self.threads, "latency")
+        served = self._served([*ways.values()], batch)
+        key = key_of(names, batch, self.threads, "stream" if served else "latency")
         held = self.store.get(key)
         if held is None:
-            found = self._time(ways, batch, eager)
+            found = self._time(ways, batch, eager, served)
             self.store.put(key, {label: each.to_json() for label, each in found.items()})
             return found
         return {label: Measurement.from_json(each) for label, each in held.items()}
 
+    def _served(self, ways: Sequence[Deployed], batch: int) -> list[list[Array]]:
+        """Real inputs, if they matter and there are any."""
+        deciding = [way.program for way in ways if choices(way.program)]
+        return stream(deciding[0], self.task, batch) if deciding and self.task else []
+
     def _time(
-        self, ways: Mapping[str, Deployed], batch: int, eager: Mapping[str, Program]
+        self,
+        ways: Mapping[str, Deployed],
+        batch: int,
+        eager: Mapping[str, Program],
+        served: Sequence[list[Array]],
     ) -> dict[str, Measurement]:
         calls: dict[str, Any] = {}
         conditions: dict[str, dict[str, Any]] = {}
         for label, way in ways.items():
             runner = self.runner(way, batch)
-            calls[label] = partial(runner.run, batch_of(way.program, batch))
+            calls[label] = partial(_each, runner.run, served or [batch_of(way.program, batch)])
             conditions[label] = {**runner.conditions, "batch": batch}
         for label, program in eager.items():
-            tensors = [torch.from_numpy(array) for array in batch_of(program, batch)]
-            calls[label] = partial(_eagerly, program, tensors)
+            given = served or [batch_of(program, batch)]
+            tensors = [[torch.from_numpy(array) for array in arrays] for arrays in given]
+            calls[label] = partial(_each, partial(_eagerly, program), tensors)
             conditions[label] = {
                 "runtime": "eager",
                 "precision": "fp32",
                 "threads": torch.get_num_threads(),
                 "batch": batch,
             }
-        return latency.compare(
+        found = latency.compare(
             calls, plan=self.plan, conditions=conditions, progress=self.progress
         ).latency
+        return {label: _per_call(each, len(served)) for label, each in found.items()}
 
     def memory(self, way: Deployed, batch: int) -> Measurement:
         """Peak memory of a fresh process that serves the file, above that of its imports.
@@ -252,6 +288,24 @@ def noise(program: Program, batch: int, seed: int = 0) -> dict[str, Any]:
 def _eagerly(program: Program, tensors: list[torch.Tensor]) -> Any:
     with torch.no_grad():
         return program.run_flat(*tensors)
+
+
+def _each(run: Callable[[Any], Any], inputs: Sequence[Any]) -> None:
+    for each in inputs:
+        run(each)
+
+
+def _per_call(measured: Measurement, calls: int) -> Measurement:
+    """The mean of so many calls that were timed as one."""
+    if calls < 2:
+        return measured
+    return replace(
+        measured,
+        value=measured.value / calls,
+        low=None if measured.low is None else measured.low / calls,
+        high=None if measured.high is None else measured.high / calls,
+        conditions={**measured.conditions, "stream": f"{calls} batches of held-out samples"},
+    )
 
 
 def fastest(measured: Mapping[str, Measurement]) -> str:

@@ -125,7 +125,9 @@ def _prepare(
     if folder is None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laconic-")))
     store = Store(settings.workdir)
-    yard = Yard(folder / "files", store, threads=budget.threads, device=device, progress=progress)
+    yard = Yard(
+        folder / "files", store, threads=budget.threads, device=device, progress=progress, task=task
+    )
     return _Job(program, task, budget, settings, yard, device)
 
 
