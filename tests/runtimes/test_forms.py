@@ -9,7 +9,7 @@ from torch import nn
 from laconic.core.registry import load
 from laconic.forms import levels
 from laconic.program.capture import capture
-from laconic.program.freezing import freeze
+from laconic.program.freezing import freeze, thaw
 from laconic.program.program import Program
 from laconic.runtimes.base import Runtime
 from laconic.runtimes.inductor import _exported
@@ -119,6 +119,21 @@ def test_levels_of_weights_and_activations_are_those_of_the_program(runtime, nam
         program.run_flat(*program.example), runs(runtime, program, tmp_path), strict=True
     ):
         assert np.allclose(one.detach().numpy(), other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_fp8_weights_are_fp8_bytes_in_the_file(name, tmp_path):
+    backend = load("laconic.runtimes", "onnxruntime", Runtime)()
+    program = on_levels(name)
+    kind = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}[name]
+    for number, each in enumerate((program, thaw(program))):
+        path = backend.write(each, tmp_path / f"{number}.onnx")
+        stored = onnx.load(str(path)).graph.initializer
+        bytes_ = [t for t in stored if t.data_type == getattr(onnx.TensorProto, kind)]
+        sites = weight_sites(network())[0]
+        elements = sum(program.tensor(site.name).numel() for site in sites)
+        assert sum(int(np.prod(t.dims)) for t in bytes_) == elements
+        assert sum(len(t.raw_data) for t in bytes_) == elements
 
 
 class Products(nn.Module):

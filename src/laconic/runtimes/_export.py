@@ -51,6 +51,8 @@ def lower_weights(
         elif node.target is DEQUANTIZE and stored:
             node = _whole_rows(module, node)
             sources = node.args[:3]
+            if fetch(module, sources[0].target).is_floating_point():
+                continue  # fp8, which has no zero point
             values = [fetch(module, sources[i].target) for i in (0, 2)]
             ends = [int(end) for tensor in values if tensor.numel() for end in tensor.aminmax()]
             kind = code_type(min(ends, default=0), max(ends, default=0))

@@ -18,6 +18,7 @@ from laconic.core.errors import ExportError
 from laconic.program.program import Program
 from laconic.runtimes._export import export, lower_weights, quiet
 from laconic.runtimes._onnx_blocks import blocked_weights
+from laconic.runtimes._onnx_floats import float8_weights
 from laconic.runtimes._onnx_integers import integer_products
 from laconic.runtimes._onnx_operators import missing, own, refusals
 from laconic.runtimes._onnx_registry import remembered_table
@@ -29,7 +30,7 @@ def write_onnx(program: Program, path: Path) -> Path:
     """Write `program` to `path` as ONNX; dynamic dimensions keep their names.
 
     Inputs are named as the placeholders; outputs `output` or `output_0`, `output_1`, ...
-    Weights behind quantisation nodes are stored as int8 with a DequantizeLinear.
+    Weights behind quantisation nodes are stored as int8, or fp8, with a DequantizeLinear.
 
     Raises:
         ExportError: an operator has no ONNX translation, or the file cannot be written.
@@ -37,7 +38,7 @@ def write_onnx(program: Program, path: Path) -> Path:
     obstacles = refusals(program)
     if obstacles:
         raise ExportError("; ".join(obstacles), where="onnx")
-    exported = export(lower_weights(program), program)
+    exported = export(lower_weights(program, float8_weights), program)
     model = _translate(exported)
     _name_outputs(model)
     _name_inputs(model, program)

@@ -133,9 +133,11 @@ def _fake_levels(x: _IR, scale: _IR, axis: int | None, name: str) -> _IR:
 
 
 def _dequantize(codes: _IR, scale: _IR, zero_point: _IR, axis: int | None) -> _IR:
-    op, _ = modules()
+    op, ir = modules()
 
     options: dict[str, int] = {} if axis is None else {"axis": axis}
+    if codes.dtype in (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2):
+        return op.DequantizeLinear(codes, scale, **options)
     return op.DequantizeLinear(codes, scale, zero_point, **options)
 
 

@@ -17,7 +17,8 @@ Does not: below 4 bits, where `quantize.gptq` and `quantize.round` lose far less
 need training (`quantize.train`, `quantize.binary`). Convolutions are not faster: a runtime decodes
 their weights. Linear layers with a `group` of 16, 32, 64, 128 or 256 can be: ONNX Runtime and
 OpenVINO have kernels that read integers of 4 or 8 bits, and at precision int8 put the inputs on 8
-bits themselves (OpenVINO where the grid is `symmetric`). Levels are written to ONNX as floats.
+bits themselves (OpenVINO where the grid is `symmetric`). fp8 stands in ONNX files as fp8 bytes,
+other levels as floats.
 
 Cost: about 50 passes over the weights with "mse", one with "minmax"; no data, except with a
 `bias_correction`.
