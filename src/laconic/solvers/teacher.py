@@ -16,6 +16,7 @@ from laconic.core.task import Loader
 from laconic.program.program import Program
 from laconic.training.feed import Feed
 from laconic.training.plan import Plan
+from laconic.training.taps import tapped
 from laconic.training.teacher import Original, Remembered, Several, Teacher
 
 Wish = Literal["auto", "torch", "openvino", "onnxruntime"]
@@ -23,13 +24,13 @@ _FEW_STEPS = 100  # below that, writing and loading a file costs more than it sa
 
 
 class Deployed:
-    """The original in a runtime: flat outputs, no intermediate values."""
+    """A teacher in a runtime; values inside it are further outputs of its file."""
 
     def __init__(self, runner: runtimes.Runner) -> None:
         self._runner = runner
 
     def __call__(self, flat: Sequence[Tensor], number: int) -> list[Tensor]:
-        """Outputs as tensors on the CPU."""
+        """Outputs, then tapped values, as tensors on the CPU."""
         del number
         arrays = self._runner.run([tensor.detach().contiguous().numpy() for tensor in flat])
         return [torch.from_numpy(array) for array in arrays]
@@ -64,7 +65,7 @@ def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, li
     teachers: list[Teacher] = []
     if name != "torch":
         try:
-            teachers = [_deployed(stack, name, lesson, one) for one in lesson.programs]
+            teachers = [_deployed(stack, name, lesson, i) for i in range(len(lesson.programs))]
         except (ExportError, MissingExtra) as error:
             if wish != "auto":
                 raise
@@ -88,8 +89,8 @@ def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, li
 
 
 def _choice(lesson: Lesson) -> str:
-    """A runtime only on a CPU, for outputs only, and where there is much to run."""
-    if lesson.device.type != "cpu" or lesson.taps:
+    """A runtime only on a CPU, and where there is much to run."""
+    if lesson.device.type != "cpu":
         return "torch"
     plan = lesson.plan
     if plan.minutes is not None:
@@ -99,19 +100,16 @@ def _choice(lesson: Lesson) -> str:
     return "openvino" if steps >= _FEW_STEPS else "torch"
 
 
-def _deployed(stack: ExitStack, name: str, lesson: Lesson, program: Program) -> Teacher:
-    if lesson.taps:
-        raise ExportError(
-            "a runtime gives outputs only, and features were asked for",
-            where="teacher",
-            hint='take teacher: "torch" or features: 0',
-        )
+def _deployed(stack: ExitStack, name: str, lesson: Lesson, place: int) -> Teacher:
+    """Teacher number `place` in a runtime; the first one gives tapped values too."""
     if lesson.device.type != "cpu":
         raise ExportError(f"{name} runs on the CPU, training on {lesson.device}", where="teacher")
     runtime = runtimes.get(name)
     precision: runtimes.Precision = "bf16" if lesson.plan.precision == "bf16" else "fp32"
-    if runtime.check(program, precision):
-        precision = "fp32"
-    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laconic-teacher-")))
-    path = runtime.write(program, folder / f"teacher{runtime.suffix}", precision)
+    program = lesson.programs[place].clone()
+    with tapped(program, lesson.taps if place == 0 else ()):
+        if runtime.check(program, precision):
+            precision = "fp32"
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laconic-teacher-")))
+        path = runtime.write(program, folder / f"teacher{runtime.suffix}", precision)
     return Deployed(runtime.load(path, precision, torch.get_num_threads()))

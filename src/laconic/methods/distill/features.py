@@ -20,8 +20,8 @@ Helps: students of another architecture or much smaller than the teacher, few da
 Does not: where outputs alone are learned well already; a student with far less depth has no node
 that could hold what the teacher's early ones hold, give pairs then.
 
-Cost: the teacher runs in torch, because runtimes give no inner values; on a CPU that is two to
-three times the time of `distill.logits` for the teacher's share of a step.
+Cost: as `distill.logits`, a training step of the student and a run of the teacher for each batch,
+and the projections, which are small; the teacher's inner values take memory beside the student's.
 """
 
 from collections.abc import Mapping
