@@ -39,7 +39,7 @@ _AHEAD = "inductor"  # writes a file for each shape; the others compile when the
 Sizes = Mapping[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Bucket:
     """Code for one shape.
 

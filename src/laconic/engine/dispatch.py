@@ -39,7 +39,6 @@ from laconic.runtimes.base import Array, Model, Runner
 from laconic.solvers.padding import BATCH
 
 _PLANS = 4096  # plans that are remembered
-_FEW = 16  # up to so many samples, every number of them is tried in one part
 Need = tuple[int, ...]
 
 
@@ -103,7 +102,7 @@ class Dispatcher(Runner):
         self._model = Model(self, held.signature)
         self._runners: dict[str, Runner] = {}
         self._checked: set[str] = set()
-        self._seen: Counter[tuple[int, Need]] = Counter()
+        self._seen: Counter[tuple[int, Need, Bucket | None]] = Counter()
         self._prepare()
 
     def _prepare(self) -> None:
@@ -111,8 +110,7 @@ class Dispatcher(Runner):
         self._lengths = tuple(name for name in held.dimensions if name != BATCH)
         self._free = held.open_cost()
         self._apart = BATCH in held.masks and all(BATCH in dims.values() for dims in held.outputs)
-        batches = {bucket.sizes.get(BATCH, 1) for bucket in held.buckets}
-        self._counts = {*batches, *range(1, _FEW + 1)}
+        self._batches = sorted({bucket.sizes.get(BATCH, 1) for bucket in held.buckets})
         self._plans: dict[tuple[tuple[Need, ...], int], list[Part]] = {}
         self._fits: dict[tuple[int, Need], Bucket | None] = {}
         kept = {name for dims in held.outputs for name in dims.values()}
@@ -198,7 +196,7 @@ class Dispatcher(Runner):
         count = part.last - part.first if self._apart else sizes.get(BATCH, 1)
         wanted = dict(zip(self._lengths, part.need, strict=True)) | {BATCH: count}
         real = {**sizes, BATCH: count}
-        self._seen[count, part.need] += 1
+        self._seen[count, part.need, part.bucket] += 1
         if part.bucket is not None:
             wanted |= part.bucket.sizes
         feed = [
@@ -228,38 +226,49 @@ class Dispatcher(Runner):
         if key not in self._plans:
             if len(self._plans) >= _PLANS:
                 self._plans.clear()
-            self._plans[key] = (
-                self._cheapest(needs) if self._apart else [self._together(needs[0], 0, 1, batch)[1]]
-            )
+            self._plans[key] = self._cheapest(needs) if self._apart else self._whole(needs, batch)
         return self._plans[key]
 
-    def _together(self, need: Need, first: int, last: int, batch: int) -> tuple[float, Part]:
-        """The cheaper of a bucket and any shape, for samples that run together."""
-        count = last - first if self._apart else batch
-        free = self._free(count * math.prod(need))
-        bucket = self._fit(batch, need)
-        if bucket is not None and bucket.ms <= free:
-            return bucket.ms, Part(first, last, need, bucket)
-        return free, Part(first, last, need, None)
+    def _whole(self, needs: tuple[Need, ...], batch: int) -> list[Part]:
+        """Samples that cannot be taken apart: the cheaper of a bucket and any shape."""
+        bucket = self._fit(batch, needs[0])
+        if bucket is not None and bucket.ms > self._open(batch, needs[0]):
+            bucket = None
+        return [Part(0, 1, needs[0], bucket)]
 
     def _cheapest(self, needs: tuple[Need, ...]) -> list[Part]:
-        """The parts that cost least together: what follows a part does not depend on it."""
+        """The parts that cost least together: what follows a part does not depend on it.
+
+        In any shape run the samples that no bucket takes, or all as they came: each further shape
+        is one that the runtime would have to prepare for.
+        """
         count = len(needs)
+        fits = [any(self._fit(batch, need) for batch in self._batches) for need in needs]
+        over = max((place + 1 for place, fit in enumerate(fits) if not fit), default=0)
         best: list[float] = [0.0] * (count + 1)
-        chosen: list[Part] = []
-        for first in reversed(range(count)):
-            options: list[tuple[float, Part]] = []
-            for size in {*self._counts, count - first}:
-                last = min(first + size, count)
-                need = tuple(map(max, zip(*needs[first:last], strict=True)))
-                cost, part = self._together(need, first, last, size)
-                options.append((cost + best[last], part))
-            best[first], part = min(options, key=lambda option: option[0])
-            chosen.append(part)
+        chosen: dict[int, Part] = {}
+        for first in reversed(range(over, count)):
+            best[first] = float("inf")
+            for batch in self._batches:
+                last = min(first + batch, count)
+                need = _longest(needs[first:last])
+                bucket = self._fit(batch, need)
+                if bucket is not None and bucket.ms + best[last] < best[first]:
+                    best[first] = bucket.ms + best[last]
+                    chosen[first] = Part(first, last, need, bucket)
         parts: list[Part] = []
+        if over:
+            need = _longest(needs[:over])
+            parts, best[0] = [Part(0, over, need, None)], self._open(over, need) + best[over]
+        if self._open(count, _longest(needs)) < best[0]:
+            return [Part(0, count, _longest(needs), None)]
         while not parts or parts[-1].last < count:
-            parts.append(chosen[count - 1 - (parts[-1].last if parts else 0)])
+            parts.append(chosen[parts[-1].last if parts else 0])
         return parts
+
+    def _open(self, batch: int, need: Need) -> float:
+        """Milliseconds in any shape."""
+        return self._free(batch * math.prod(need))
 
     def _fit(self, batch: int, need: Need) -> Bucket | None:
         """The cheapest bucket of a batch that `need` fits."""
@@ -287,13 +296,12 @@ class Dispatcher(Runner):
         fixed = self.held.fixed_cost()
         seconds = [bucket.seconds for bucket in self.held.buckets] or [1.0]
         found: list[Missed] = []
-        for (batch, need), calls in self._seen.items():
+        for (batch, need, bucket), calls in self._seen.items():
             sizes = self._named(batch, need)
-            _, part = self._together(need, 0, batch if self._apart else 1, batch)
-            ms = part.bucket.ms if part.bucket else self._free(elements(sizes))
+            ms = bucket.ms if bucket else self._open(batch, need)
             saved = ms - fixed(elements(sizes))
             if saved > 0 and tuple(sorted(sizes.items())) not in known:
-                served = part.bucket.name if part.bucket else "any shape"
+                served = bucket.name if bucket else "any shape"
                 pays = int(1e3 * sum(seconds) / len(seconds) / saved) + 1
                 found.append(Missed(sizes, calls, served, ms, ms - saved, calls * saved, pays))
         return sorted(found, key=lambda missed: missed.saved_ms, reverse=True)
@@ -344,6 +352,10 @@ def check_sizes(held: Buckets, sizes: Sizes) -> None:
             f"{', '.join(held.dimensions)}",
             where="sizes",
         )
+
+
+def _longest(needs: Sequence[Need]) -> Need:
+    return tuple(map(max, zip(*needs, strict=True)))
 
 
 # arrays ---------------------------------------------------------------------------------------

@@ -347,7 +347,7 @@ class _Build:
         """What compiling one more costs, in milliseconds of the whole sample."""
         if self.wish.requests is None:
             return 0.0
-        return 1e3 * self.seconds * calls / self.wish.requests
+        return 1e3 * self.seconds * len(self._batches()) * calls / self.wish.requests
 
 
 def _outputs(padding: Padding, program: Program) -> tuple[Mapping[int, str], ...]:
