@@ -127,7 +127,7 @@ def test_a_limit_that_everybody_meets_gives_the_exit_alone(trained, task):
     program = trained["deep"]
     program.propagate()
     (end,) = [node.name for node in program.graph.nodes if node.name == "add_1"]
-    made = EarlyExit(steps=3, at=[end], limits=99.0, head="linear").apply(
+    made = EarlyExit(steps=3, at=[end], limits=99.0, depth=0).apply(
         program, Sites(), context_of(program, task)
     )
     x, _ = points(100, 5)

@@ -184,23 +184,24 @@ def _features_first(node: fx.Node) -> bool:
 class Head(nn.Module):
     """Pools a value and maps it to `outputs` numbers.
 
-    Images go through convolutions of stride 2 down to 8 pixels first, everything else through one
-    hidden layer after pooling, as wide as `budget` multiply-adds allow; where that is not wider
-    than the output, there is a single linear layer.
+    Images go through stages of `depth` convolutions first, each stage halving the resolution, down
+    to 8 pixels; everything else through one hidden layer after pooling. They are as wide as
+    `budget` multiply-adds allow; where that is not wider than the output, there is a single linear
+    layer. A depth of 0 has that in any case.
     """
 
-    def __init__(self, place: Place, outputs: int, kind: str, budget: float) -> None:
+    def __init__(self, place: Place, outputs: int, depth: int, budget: float) -> None:
         super().__init__()
         shape = place.shape
         self.dims = [1] if not place.first else list(range(2, len(shape)))
         features = shape[1] if place.first else shape[-1]
         self.body: nn.Module = nn.Identity()
         self.hidden: nn.Module = nn.Identity()
-        if kind == "conv" and len(shape) == 4:
-            width = _widest(lambda w: _convolution_macs(shape, w, outputs), budget, 4 * features)
+        if depth and len(shape) == 4:
+            width = _widest(lambda w: _convolution_macs(shape, w, depth), budget, 8 * features)
             if width:
-                self.body, features = _convolutions(shape, width), width
-        elif kind == "conv":
+                self.body, features = _convolutions(shape, width, depth), width
+        elif depth:
             width = _widest(lambda w: w * (features + outputs), budget, 4 * features)
             if width > outputs:
                 self.hidden = nn.Sequential(nn.Linear(features, width), nn.ReLU())
@@ -229,21 +230,24 @@ def _halvings(shape: Sequence[int]) -> list[int]:
     return sides
 
 
-def _convolution_macs(shape: Sequence[int], width: int, outputs: int) -> float:
-    ratio, features, total = shape[3] / shape[2], shape[1], float(width * outputs)
+def _convolution_macs(shape: Sequence[int], width: int, depth: int) -> float:
+    features, total = shape[1], 0.0
     for side in _halvings(shape):
-        total += side * side * ratio * 9 * features * width
+        pixels = 9 * side * side * shape[3] / shape[2]
+        total += pixels * width * (features + (depth - 1) * width)
         features = width
     return total
 
 
-def _convolutions(shape: Sequence[int], width: int) -> nn.Module:
+def _convolutions(shape: Sequence[int], width: int, depth: int) -> nn.Module:
     layers: list[nn.Module] = []
     features = shape[1]
     for _ in _halvings(shape):
-        layers += [nn.Conv2d(features, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width)]
-        layers.append(nn.ReLU())
-        features = width
+        for number in range(depth):
+            stride = 2 if number == 0 else 1
+            layers.append(nn.Conv2d(features, width, 3, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+            features = width
     return nn.Sequential(*layers)
 
 
@@ -256,19 +260,19 @@ class _Heads(nn.Module):
         return tuple(head(value) for head, value in zip(self.exits, values, strict=True))
 
 
-def heads(found: Sequence[Place], outputs: int, kind: str, budget: float, seed: int) -> Program:
+def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed: int) -> Program:
     """A Program of its own: the values at the places → `[batch, outputs]` of each exit.
 
     Args:
         found: the places.
         outputs: numbers per sample.
-        kind: "linear", or "conv" for a body in front of the last layer.
+        depth: of a head, see `Head`.
         budget: multiply-adds per sample that a head may take.
         seed: of the first weights; the global generator is left as it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        module = _Heads([Head(place, outputs, kind, budget) for place in found])
+        module = _Heads([Head(place, outputs, depth, budget) for place in found])
         values = tuple(torch.randn(place.shape) for place in found)
     return capture(module.eval(), (values,))
 

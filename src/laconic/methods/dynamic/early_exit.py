@@ -54,9 +54,9 @@ class EarlyExit(Plan, Method):
         exits: how many, spread evenly over the work.
         at: names of the values that get an exit (graph nodes, or module paths, whose last value is
             meant), in place of `exits`.
-        head: "conv": convolutions of stride 2 (or a hidden layer, where the value is no image) in
-            front of the last layer; "linear": pooling and one layer.
-        size: of a head, as a share of the network's multiply-adds.
+        depth: of heads on images: convolutions in each stage, stages halving the resolution down to
+            8 pixels; on other values a hidden layer. 0 is pooling and one layer.
+        size: most that a head may take, as a share of the network's multiply-adds; widths follow.
         backbone: "frozen" trains the heads only; "trained" the network along with them.
         temperature: of the softened answers that the heads learn from.
         alpha: weight of the teacher's answers; the rest goes to labels, where there are any.
@@ -73,7 +73,7 @@ class EarlyExit(Plan, Method):
 
     exits: int = Field(default=2, ge=1, le=6)
     at: list[str] | None = None
-    head: Literal["conv", "linear"] = "conv"
+    depth: int = Field(default=1, ge=0, le=4)
     size: float = Field(default=0.03, gt=0, le=0.5)
     backbone: Literal["frozen", "trained"] = "frozen"
     temperature: float = Field(default=2.0, gt=0)
@@ -148,7 +148,7 @@ class EarlyExit(Plan, Method):
     ) -> tuple[Program, list[str], Trained]:
         """The program with heads that nothing reads yet, the nodes of their outputs, the run."""
         budget = self.size * cost(work).macs
-        heads = exits.heads(found, classes, self.head, budget, context.seed)
+        heads = exits.heads(found, classes, self.depth, budget, context.seed)
         plan = Plan.model_validate({key: getattr(self, key) for key in Plan.model_fields})
         course = Course.of(context)
         if self.backbone == "frozen":
