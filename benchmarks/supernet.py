@@ -7,7 +7,7 @@ from random weights and from the same slices of the original. `latency_*`: searc
 latency, timed. `cells`: cell networks made from nothing, what a search found over random ones of
 equal cost (see `solvers/cells.py`). `test`: everything on the rows that nothing was chosen on.
 
-    python -m benchmarks.supernet [--minutes 50] [--only supernet] [--quick]
+    python -m benchmarks.supernet [--minutes 50] [--cell-steps 400] [--only supernet] [--quick]
 """
 
 import time
@@ -19,17 +19,18 @@ import torch
 from torch import nn
 
 from benchmarks.cifar import Cifar
-from benchmarks.data import batches, cifar10
+from benchmarks.data import Augmented, batches, cifar10
 from benchmarks.harness import Bench, Row
-from benchmarks.stages import Stages, apply
-from laconic.core.task import Task
+from benchmarks.stages import Said, Stages, apply
+from laconic.core.task import Task, classification
 from laconic.methods.base import Context, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import ranking
+from laconic.solvers import cells, ranking
 from laconic.solvers.elastic import Elastic, declare
 from laconic.solvers.search_space import Space
+from laconic.storage import save
 
 MINUTES = 50.0
 BATCH = 128
@@ -184,6 +185,37 @@ def shuffled(program: Program) -> Program:
     return made
 
 
+def cells_row(bench: Bench, net: Nets, stages: Stages) -> Row:
+    """Cells that a search found beside random ones of the same price, both trained four times as
+    long in the end; accuracy on the validation rows, and on those that nothing was chosen on.
+    """
+    quick, steps = net.quick, 2 if net.quick else bench.args.cell_steps
+    size = 16 if quick else BATCH
+    train, held = cifar10("train"), cifar10("validation")
+    place = cells.Bench(
+        task=classification(
+            train=Augmented(train[:64] if quick else train, size, seed=0),
+            calibration=list(Augmented(train[:size], size, seed=2)),
+            validation=batches(held[:64] if quick else held, 100),
+        ),
+        example=torch.zeros(2, 3, 32, 32), classes=10, channels=4 if quick else 8, batch=size,
+        progress=Said(bench),
+    )  # fmt: skip
+    found = cells.halving(place, *((2, 1) if quick else (48, 16)), steps)
+    bench.say(f"searched: {cells.named(found.best.cell)} {100 * found.best.score:.2f}")
+    beside = cells.at_random(place, found.price, steps)
+    row: Row = {"steps": steps}
+    for name, searched in (("search", found), ("random", beside)):
+        last = place.trained(searched.best.cell, 4 * steps)
+        save(last.program, stages.path(f"cells_{name}"))
+        row[name] = {
+            "cell": cells.named(last.cell), "val": 100 * last.score,
+            "acc": net.score(last.program, "test"), "price": searched.price,
+            "trained": len(searched.tried), "macs": cost(last.program).macs,
+        }  # fmt: skip
+    return row
+
+
 def test_row(net: Nets, stages: Stages, names: list[str]) -> Row:
     """Accuracy on the test rows, looked at once."""
     scores = {name: net.score(stages.program(name), "test") for name in names}
@@ -216,6 +248,7 @@ def main(argv: list[str] | None = None) -> Row:
     bench = Bench("supernet", __doc__ or "")
     bench.parser.add_argument("--minutes", type=float, default=MINUTES, help="of each training")
     bench.parser.add_argument("--steps", type=int, help="of each training, in place of minutes")
+    bench.parser.add_argument("--cell-steps", type=int, default=400, help="of a cell's training")
     bench.parse(argv)
     depth, size = (20, 32) if bench.args.quick else (56, BATCH)
     net, stages = Nets(bench, depth, CALIBRATION, size), Stages(bench, f"supernet-resnet{depth}")
@@ -229,6 +262,8 @@ def main(argv: list[str] | None = None) -> Row:
     for part in alone:
         for start in ("random", "cut"):
             rows[f"alone_{start}_{part:g}"] = alone_row(bench, net, stages, part, start)
+    said = {"steps": bench.args.cell_steps}
+    rows["cells"] = bench.row("cells", lambda: cells_row(bench, net, stages), **said)
     there = {name: row["val"] for name, row in rows.items() if "val" in row}
     test = bench.row("test", lambda: test_row(net, stages, list(there)), of=there)
     seconds = [rows[f"latency_{p:g}"].get("search_s") for p in LATENCIES] if not net.quick else []
@@ -237,6 +272,7 @@ def main(argv: list[str] | None = None) -> Row:
         front=front(rows, test),
         alone=beside(rows, test, alone),
         search_s=seconds if any(seconds) else None,
+        cells=rows["cells"] or None,
         targets=TARGETS,
     )
 

@@ -16,3 +16,6 @@ def test_every_row_runs(data_dir, tmp_path, monkeypatch, capsys):
     rows = {name: row["values"] for name, row in line["rows"].items()}
     assert rows["alone_random_0.3"]["macs"] == rows["alone_cut_0.3"]["macs"] == small["macs"]
     assert rows["supernet"]["members"] > 1000
+    for found in (line["cells"]["search"], line["cells"]["random"]):
+        assert found["macs"] > 0 and 0 <= found["acc"] <= 100
+    assert line["cells"]["random"]["price"] >= line["cells"]["search"]["price"]
