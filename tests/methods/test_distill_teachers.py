@@ -269,3 +269,18 @@ def test_a_teacher_is_asked_once_about_batches_that_come_again(monkeypatch):
     assert asked == [0, 1, 2, 3]
     listed = apply({"steps": 10}, student, teacher, classification(train=data(4)))
     assert same(made.program, listed.program)
+
+
+def test_held_out_batches_of_a_list_are_asked_about_once(monkeypatch):
+    asked = []
+    known = Original.__call__
+
+    def counting(self, flat, number):
+        asked.append(number)
+        return known(self, flat, number)
+
+    monkeypatch.setattr(Original, "__call__", counting)
+    task = classification(train=data(2), validation=data(2, seed=3))
+    made = apply({"steps": 6, "evaluations": 3}, net(5), net(8), task)
+    assert sorted(asked) == [-2, -1, 0, 1]
+    assert len(made.figures["history"]) == 4

@@ -274,6 +274,7 @@ class Learning(Plan):
             loader=course.loader,
             device=course.device,
             seed=course.seed,
+            validation=course.task.validation,
         )
         taught, runs_in, notes = teachers.make(stack, self.teacher, lesson)
         kind: Kind = kind_for(course.task) if self.loss == "auto" else self.loss

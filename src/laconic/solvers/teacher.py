@@ -49,6 +49,7 @@ class Lesson:
     loader: Loader
     device: torch.device
     seed: int
+    validation: Loader | None = None
 
 
 def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, list[str]]:
@@ -82,9 +83,10 @@ def make(stack: ExitStack, wish: Wish, lesson: Lesson) -> tuple[Teacher, str, li
     if len(teachers) > 1:
         flat: Any = lesson.programs[0].output_node.args[0]
         teacher = Several(teachers, len(flat))
-    period = Feed(lesson.loader, lesson.seed).period
-    if period is not None:
-        teacher = Remembered(teacher, period)
+    period = Feed(lesson.loader, lesson.seed).period or 0
+    held_out = isinstance(lesson.validation, (list, tuple))
+    if period or held_out:
+        teacher = Remembered(teacher, period, held_out)
     return teacher, name, notes
 
 

@@ -66,19 +66,29 @@ class Original:
 
 
 class Remembered:
-    """A teacher that is asked once about every batch of a list that is gone through many times."""
+    """A teacher that is asked once about every batch of a list that is gone through many times.
 
-    def __init__(self, teacher: Teacher, batches: int, most_bytes: int = 2**29) -> None:
+    Args:
+        teacher: who is asked.
+        batches: how many batches come again and again; 0 if they do not.
+        held_out: whether those of negative numbers, which are not trained on, come again too.
+        most_bytes: how much is remembered.
+    """
+
+    def __init__(
+        self, teacher: Teacher, batches: int, held_out: bool = False, most_bytes: int = 2**29
+    ) -> None:
         self._teacher = teacher
         self._batches = batches
+        self._held_out = held_out
         self._left = most_bytes
         self._known: dict[int, list[Tensor]] = {}
 
     def __call__(self, flat: Sequence[Tensor], number: int) -> list[Tensor]:
         """Outputs, then tapped values."""
-        place = number % self._batches
-        if number < 0:  # not a batch of that list
+        if not (self._held_out if number < 0 else self._batches):
             return self._teacher(flat, number)
+        place = number if number < 0 else number % self._batches
         if place in self._known:
             return self._known[place]
         values = self._teacher(flat, number)

@@ -49,7 +49,8 @@ from laconic.training.feed import mixed
 from laconic.training.taps import Alike, matched
 
 Shape = tuple[int, ...]
-_USUAL = {"hint": 1.0, "attention": 4.0, "relational": 25.0, "contrastive": 0.2, "relations": 1.0}
+_USUAL = {"hint": 5.0, "attention": 10.0, "relational": 10.0, "contrastive": 1.0, "relations": 1.0}
+"""So that a loss moves a student about as much as soft targets at temperature 4 do, or less."""
 
 
 class Features(DataFree, Method):
@@ -57,7 +58,7 @@ class Features(DataFree, Method):
 
     Attributes:
         match: what is compared, see above.
-        features: weight of that loss, in units of its usual one.
+        features: weight of that loss; 1 is usual: it moves the student less than the outputs do.
         nodes: globs over names that both have, or pairs {node: the teacher's node}; of attentions
             (`relations`) those that give their outputs. None takes up to eight ends of blocks for
             hints and attention maps, the last one for relational and contrastive, the last
