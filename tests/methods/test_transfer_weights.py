@@ -177,6 +177,21 @@ def test_a_layer_that_stays_takes_over_a_constant():
                   - program(x)).detach().abs().max()) > 0.01  # fmt: skip
 
 
+def test_what_gives_the_stream_takes_over_a_constant():
+    """Where no layer of a chain stays, the map before it is refitted."""
+    model = zoo.shake(Deep(count=2, behind="relu"), 1)
+    with torch.no_grad():
+        for block in model.body:
+            block.down.weight.zero_()
+            block.down.bias.abs_()
+        model.stem[0].bias += 10  # the rectifiers pass everything
+    program = capture(model, (torch.randn(2, 4),))
+    x = torch.randn(256, 4)
+    outcome = start(program, data=x, layers=0, select="fitted")
+    assert outcome.figures["layers"] == []
+    same(outcome.program, program, scale=1e4)
+
+
 def test_each_layer_stands_in_for_those_behind_it():
     program = made(Deep())
     program.propagate()
@@ -184,7 +199,9 @@ def test_each_layer_stands_in_for_those_behind_it():
     sums = [layer.total.name for layer in chains[0]]
     found = depth.goals(chains, ["body.0", "body.1", "body.4"])
     assert found == {sums[1]: sums[3], sums[4]: sums[5]}
-    assert depth.goals(chains, ["body.2"]) == {sums[2]: sums[5]}
+    stem = chains[0][0].branches[0].stream.name
+    assert depth.goals(chains, ["body.2"]) == {stem: sums[1], sums[2]: sums[5]}
+    assert depth.goals(chains, []) == {stem: sums[5]}
     assert depth.goals(chains, [f"body.{place}" for place in range(6)]) == {}
 
 
