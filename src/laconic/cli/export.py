@@ -19,7 +19,7 @@ _KINDS = {"onnx": "onnxruntime", "openvino": "openvino", "pt2": "inductor"}
 @verb
 def export(
     file: Annotated[Path, typer.Argument(help="A .laconic file, or a task file.")],
-    to: Annotated[str, typer.Option("--to", help="onnx, openvino or pt2.")],
+    to: Annotated[str, typer.Option("--to", help="onnx, openvino, pt2 or safetensors.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="The file; beside FILE if not given.")
     ] = None,
@@ -28,13 +28,21 @@ def export(
     ] = None,
     model: Member = None,
     threads: Threads = None,
+    config: Annotated[
+        Path | None, typer.Option(help="safetensors: the original model's config.json.")
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model for a runtime and check it, output by output, against the Program."""
+    """Write a model for a runtime and check it, output by output, against the Program.
+
+    safetensors: a folder with the packed weights of a language model and its config.json, as
+    transformers and vLLM read them (compressed-tensors).
+    """
     del debug
-    if to not in _KINDS:
+    if to not in (*_KINDS, "safetensors"):
         raise typer.BadParameter(
-            f"{to!r} is no kind of file; {nearest(to, _KINDS)}", param_hint="--to"
+            f"{to!r} is no kind of file; {nearest(to, [*_KINDS, 'safetensors'])}",
+            param_hint="--to",
         )
     from laconic import runtimes
     from laconic.cli._load import member_of, program_of
@@ -44,6 +52,9 @@ def export(
     from laconic.runtimes._chain import load as load_chain
 
     program = member_of(program_of(file), model)
+    if to == "safetensors":
+        _write_weights(program, out or file.with_suffix(""), config)
+        return
     engine = runtimes.get(_KINDS[to])
     kind = pick_precision(program, engine, precision)
     path = out or file.with_suffix(engine.suffix)
@@ -72,3 +83,19 @@ def _check(program: "Program", path: Path, files: list[Path], runner: "Runner", 
     )
     if not report.ok:
         raise ExportError("; ".join(report.failures), where=str(path))
+
+
+def _write_weights(program: "Program", folder: Path, config: Path | None) -> None:
+    """Weights and configuration for transformers and vLLM."""
+    import json
+
+    from laconic.runtimes._safetensors import write_safetensors
+
+    try:
+        held = json.loads(config.read_text(encoding="utf-8")) if config is not None else {}
+    except (OSError, ValueError) as error:
+        raise ExportError(f"not a configuration: {error}", where=str(config)) from error
+    for path in write_safetensors(program, folder, held):
+        typer.echo(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    if config is None:
+        typer.echo("config.json holds the quantisation only: give the original's with --config")
