@@ -6,7 +6,9 @@ words, 4 or 8 bits each (grids of fewer bits take the next width): `X.weight_pac
 groups]`; `X.weight_shape`; and where zero points are not all 0 `X.weight_zero_point`, packed along
 the outputs, `[ceil(out * bits / 32), groups]`. Everything else is stored as the floats it stands
 for. The configuration says which layers are packed and how (`format: pack-quantized`). Layout: the
-compressed-tensors project (Apache-2.0), as its package reads and writes it.
+compressed-tensors project (Apache-2.0), as its package reads and writes it. Symmetric grids are
+what every reader takes: transformers with compressed-tensors 0.20 refuses zero points as packed
+here, which is how that package itself packs them.
 """
 
 import json
