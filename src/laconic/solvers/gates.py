@@ -15,11 +15,13 @@ from torch import Tensor, fx, nn
 
 from laconic.program.choices import CHOOSE
 from laconic.program.cost import cost
-from laconic.program.equations import operator_name
+from laconic.program.equations import arguments, operator_name
 from laconic.program.program import Program
+from laconic.program.rewrites import set_argument
 from laconic.program.surgery import remove_dead
 from laconic.solvers.residual import Branch, branches
-from laconic.solvers.token_layers import mask_input
+from laconic.solvers.token_layers import ATTENTION, hides_padding_only, made_of, mask_input
+from laconic.solvers.token_merging import Writer, logarithm
 from laconic.training.attendant import Attendant
 from laconic.training.loop import Forward, Loss, Objective
 from laconic.training.plan import Plan
@@ -141,8 +143,33 @@ def _leaves(inner: set[fx.Node], end: fx.Node) -> bool:
 # in the graph -------------------------------------------------------------------------------
 
 
+def mask_for_itself(program: Program) -> None:
+    """Let every attention make what hides padding from the mask `[batch, tokens]`, in place.
+
+    A mask `[batch, 1, tokens, tokens]` that all layers share would have to be handed to each of
+    them row by row. Where a mask says anything else it stays; shapes have to be propagated.
+    """
+    known: dict[fx.Node, bool] = {}
+    for node in list(program.graph.nodes):
+        shared: Any = arguments(node)["attn_mask"] if operator_name(node) == ATTENTION else None
+        mask = mask_input(program, node.meta["shape"][-2]) if isinstance(shared, fx.Node) else None
+        if not isinstance(shared, fx.Node) or mask is None or len(node.meta["shape"]) != 4:
+            continue
+        if shared not in known:
+            known[shared] = shared in made_of(program, mask) and hides_padding_only(
+                program, shared, mask
+            )
+        if known[shared]:
+            write = Writer(program, node, str(node.meta.get("origin", "")))
+            real = write(_ATEN.to.dtype, mask, node.meta["dtype"])
+            own = logarithm(write, real, 4)  # as numbers: OpenVINO fuses them better than bools
+            set_argument(node, "attn_mask", own)
+    remove_dead(program)
+
+
 def insert(program: Program, found: Sequence[Unit]) -> list[Gate]:
     """Put a gate in front of every unit, in place, as training wants it; recompiles."""
+    mask_for_itself(program)
     made: list[Gate] = []
     for unit in found:
         for before in made:  # the stream in front is what a gate before it has let through

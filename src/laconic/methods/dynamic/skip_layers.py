@@ -42,7 +42,6 @@ from laconic.training.taps import tapped
 
 _HALVINGS = 12
 _REACH = 8.0  # thresholds are sought this far on both sides of a score of 0
-_ALL = Sites()
 
 
 class SkipLayers(Learning, Method):
@@ -56,6 +55,7 @@ class SkipLayers(Learning, Method):
             attention and perceptron.
         penalty: its strength in units of the loss, where everything is spent.
         samples: held-out samples on which the threshold is set.
+        train: globs of the tensors that train; gates always do.
         units: names of the gated units, in place of choosing them (a replay has it).
         threshold: of all scores, in place of setting it (a replay has it).
     """
@@ -69,6 +69,7 @@ class SkipLayers(Learning, Method):
     unit: int = Field(default=1, ge=1)
     penalty: float = Field(default=1.0, ge=0)
     samples: int = Field(default=512, ge=1)
+    train: tuple[str, ...] = ("*",)
     units: list[str] | None = None
     threshold: float | None = None
 
@@ -92,7 +93,8 @@ class SkipLayers(Learning, Method):
         made = gates.insert(student, found)
         student.train()
         learned = self.learn(
-            program, student, trainable(student, _ALL), Course.of(context),
+            program, student, trainable(student, Sites.of([*self.train, "gates"])),
+            Course.of(context),
             around=lambda inner: Spending(inner, student, made, self.share, self.penalty),
             attendant=LastState(),
         )  # fmt: skip
