@@ -32,6 +32,7 @@ from laconic.runtimes.base import (
     cores,
 )
 
+COMPILED = ".blob"
 _TELEMETRY = "openvino_telemetry"
 
 
@@ -99,10 +100,8 @@ class OpenVino(Runtime):
         threads: int | None = None,
         shapes: Shapes | None = None,
     ) -> Runner:
-        """Open an .xml or .onnx file and compile it for this CPU."""
+        """Compile an .xml or .onnx file for this CPU, or open what was compiled (.blob)."""
         ov = openvino()
-        model = self._read(core(), path)
-        inputs = tuple(value.get_any_name() for value in model.inputs)
         hint = {"fp32": "f32", "bf16": "bf16"}.get(precision) or _native(core())
         settings = {
             "PERFORMANCE_HINT": "LATENCY",
@@ -112,12 +111,18 @@ class OpenVino(Runtime):
         if precision != "int8":
             # products with integer weights would otherwise put their inputs on 8 bits in silence
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+        model = None if path.suffix == COMPILED else self._read(core(), path)
         try:
-            if shapes:
-                model.reshape({name: list(shapes[name]) for name in inputs if name in shapes})
-            compiled = _compiled(model, settings)
-        except RuntimeError as error:
+            if model is None:
+                compiled = core().import_model(path.read_bytes(), "CPU", settings)
+            else:
+                names = [value.get_any_name() for value in model.inputs]
+                if shapes:
+                    model.reshape({name: list(shapes[name]) for name in names if name in shapes})
+                compiled = _compiled(model, settings)
+        except (RuntimeError, OSError) as error:
             raise ExportError(f"OpenVINO refuses it: {_reason(error)}", where=str(path)) from error
+        inputs = tuple(value.get_any_name() for value in compiled.inputs)
         conditions = {
             "runtime": self.name,
             "version": ov.get_version().split("-")[0],
@@ -126,6 +131,22 @@ class OpenVino(Runtime):
             "threads": settings["INFERENCE_NUM_THREADS"],
         }
         return _Runner(compiled, inputs, conditions)
+
+    def write_compiled(self, runner: Runner, path: Path) -> Path:
+        """Write what `load` has compiled: it opens without compiling, on such a CPU only.
+
+        Raises:
+            ExportError: it cannot be written.
+        """
+        assert isinstance(runner, _Runner)
+        temporary = path.with_name(f".{path.name}.new")
+        try:
+            held = runner.compiled.export_model()
+            temporary.write_bytes(held.getvalue() if hasattr(held, "getvalue") else held)
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            raise ExportError(f"cannot write: {error}", where=str(path)) from error
+        return path
 
     def files(self, path: Path) -> list[Path]:
         weights = path.with_suffix(".bin")
@@ -183,7 +204,7 @@ def _property(name: str) -> Any:
     return core().get_property("CPU", name)
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The last line of OpenVINO's message; the first ones name its source files."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else repr(error)
