@@ -105,6 +105,7 @@ def specialize(
     count: int = 8,
     batches: Sequence[int] | None = None,
     requests: int | None = None,
+    ahead: bool = False,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Dispatcher:
@@ -123,6 +124,7 @@ def specialize(
             Each costs memory: its weights once more.
         batches: batch sizes to compile for; by default those of the sample.
         requests: how many requests a process serves; compiling has to pay within them.
+        ahead: keep OpenVINO's compiled code, a file a shape: larger, and opened faster.
         threads: of the runtime.
         progress: shows what goes on.
 
@@ -132,6 +134,6 @@ def specialize(
     """
     wish = Wish(
         runtime=runtime, precision=precision, count=count, batches=batches, requests=requests,
-        threads=threads,
+        ahead=ahead, threads=threads,
     )  # fmt: skip
     return _specialize(program, shapes, Path(out), wish, progress)

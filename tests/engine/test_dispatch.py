@@ -13,7 +13,7 @@ from torch import nn
 
 from laconic.core.errors import DataError, ExportError, RecipeError
 from laconic.engine.artifact import declared_inputs, every_way, open_artifact, shipped_bytes
-from laconic.engine.buckets import Bucket, read
+from laconic.engine.buckets import Bucket, hash_of, read
 from laconic.engine.dispatch import Dispatcher, load
 from laconic.engine.specialize import Wish, counted, specialize
 from laconic.measuring import latency
@@ -314,6 +314,26 @@ def test_inductor_has_a_package_a_shape(encoder, tmp_path, monkeypatch):
     assert again.held.buckets[-1].file == "model-batch1-sequence11.pt2"
     inputs = request([11])
     agree(encoder, again.run(inputs), inputs)
+
+
+def test_compiled_code_is_kept_and_made_anew_where_it_does_not_fit(encoder, folder, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    dispatcher = load(own, 1)
+    dispatcher.held = replace(dispatcher.held, ahead=True)
+    bucket = dispatcher.compile({"batch": 1, "sequence": 6})
+    assert bucket.file == "model-batch1-sequence6.blob"
+    inputs = request([6])
+    for change in (False, True):
+        held = read(own / "model.buckets")
+        if change:  # as another version would write it
+            (own / bucket.file).write_bytes(b"no such code")
+            name = {bucket.file: hash_of(own / bucket.file)}
+            held = replace(held, hashes={**held.hashes, **name})
+        quick = replace(held.buckets[-1], ms=0.0)
+        made = Dispatcher(replace(held, buckets=(*held.buckets[:-1], quick)), 1)
+        agree(encoder, made.run(inputs), inputs)
+        assert list(made._runners) == [quick.name]
 
 
 def test_one_door_opens_it(encoder, folder):

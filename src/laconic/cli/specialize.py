@@ -37,6 +37,9 @@ def specialize(
     requests: Annotated[
         int | None, typer.Option(min=1, help="Compiling has to pay within so many requests.")
     ] = None,
+    ahead: Annotated[
+        bool, typer.Option("--ahead", help="Keep OpenVINO's compiled code, a file a size.")
+    ] = False,
     model: Member = None,
     threads: Threads = None,
     debug: Debug = False,
@@ -52,7 +55,8 @@ def specialize(
     console = Console()
     made = specialized(
         member_of(program_of(file), model), sample, out=out, runtime=name, precision=precision,
-        count=count, batches=batch, requests=requests, threads=threads, progress=Shown(console),
+        count=count, batches=batch, requests=requests, ahead=ahead, threads=threads,
+        progress=Shown(console),
     )  # fmt: skip
     console.print(_table(made))
     for note in made.held.notes:

@@ -63,6 +63,7 @@ class Wish:
         count: how many shapes at most; with several batch sizes, how many for each.
         batches: batch sizes to compile for; None: those of the sample.
         requests: calls until the process ends; compiling has to pay within them. None: free.
+        ahead: keep OpenVINO's compiled code, a file a shape.
         threads: of the runtime; None: all cores.
         plan: how long each shape is timed.
     """
@@ -72,6 +73,7 @@ class Wish:
     count: int = 8
     batches: Sequence[int] | None = None
     requests: int | None = None
+    ahead: bool = False
     threads: int | None = None
     plan: latency.Plan = BRIEF
 
@@ -166,7 +168,7 @@ class _Build:
     def made(self, path: Path) -> Buckets:
         """Every file but `path` itself, and what that has to say."""
         held = self._any_shape(path)
-        held = replace(held, costs=self._costs(held))
+        held = replace(held, costs=self._costs(held), ahead=self.wish.ahead)
         chosen = self._choose(held)
         runners: list[tuple[Sizes, Runner]] = []
         with self.progress.task("compiling", len(chosen)) as bar:
