@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from laconic.training.plan import Plan
+from laconic.training.plan import Plan, steps_within
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
@@ -46,3 +46,11 @@ def test_settled_decides_everything(program):
     assert plan.precision in ("bf16", "fp32")
     assert None not in (plan.lr, plan.weight_decay)
     assert plan.settled(program, torch.device("cpu"), 1) == plan  # settled stays settled
+
+
+def test_minutes_count_batches_that_come_again_once_in_full():
+    first, later = [9.0, 2.0, 2.0, 3.0], [7.0, 0.5, 0.5, 0.5]
+    assert steps_within(100.0, first, [], 0) == (50, 2.0)
+    assert steps_within(100.0, first, later, 10) == (10 + 160, 100 / 170)
+    assert steps_within(15.0, first, later, 10) == (7, 2.0)  # over before anything comes again
+    assert steps_within(0.1, first, later, 10)[0] == 1

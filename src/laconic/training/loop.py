@@ -27,7 +27,7 @@ from laconic.training.feed import Feed, forked, mixed, seed_all
 from laconic.training.interrupts import Interrupt, deferred
 from laconic.training.normalization import MergedStatistics
 from laconic.training.optimizers import build, clip
-from laconic.training.plan import DEFAULT_EPOCHS, Plan
+from laconic.training.plan import DEFAULT_EPOCHS, Plan, steps_within
 from laconic.training.precision import autocast, set_layout, wants_channels_last
 from laconic.training.processes import Processes
 from laconic.training.state import State
@@ -223,12 +223,9 @@ class _Run:
             self._evaluate()
         judging = self.plan.evaluations * (time.perf_counter() - began)
         left = seconds - (time.perf_counter() - self.started) - judging
-        each = sorted(first[1:])[len(first[1:]) // 2]
         fresh = math.ceil((self.feed.period or 0) / self.batches)
-        if later and left > fresh * each:
-            again = sorted(later[1:])[len(later[1:]) // 2]
-            each = left / (fresh + (left - fresh * each) / again)
-        steps = int(self.processes.agree(max(1, int(left / each))))
+        steps, each = steps_within(left, first, later, fresh)
+        steps = int(self.processes.agree(steps))
         self.notes.append(
             f"{self.job.plan.minutes:g} minutes were taken as {steps} steps of {each:.3g} s"
         )

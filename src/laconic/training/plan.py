@@ -1,6 +1,7 @@
 """How to train: length, optimizer, schedule, precision. Every default lives here, once."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, Self
 
 import torch
@@ -111,6 +112,22 @@ class Plan(BaseModel):
         if self.schedule == "constant":
             return peak
         return peak * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def steps_within(
+    seconds: float, first: Sequence[float], later: Sequence[float], fresh: int
+) -> tuple[int, float]:
+    """How many steps fit into a time, one at the least, and the mean seconds of a step.
+
+    first: seconds of a few trial steps, of which the very first does not count; later: of the same
+    batches once more, if they come again after `fresh` steps, else nothing.
+    """
+    each = sorted(first[1:])[len(first[1:]) // 2]
+    if later and seconds > fresh * each:
+        again = sorted(later[1:])[len(later[1:]) // 2]
+        steps = int(fresh + (seconds - fresh * each) / again)
+        return max(1, steps), seconds / max(1, steps)
+    return max(1, int(seconds / each)), each
 
 
 def computes_bf16(device: torch.device) -> bool:
