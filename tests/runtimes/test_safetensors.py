@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from laconic import storage
+from laconic.cli import app
 from laconic.core.errors import ExportError
 from laconic.methods.base import Context
 from laconic.methods.quantize.dynamic import QuantizeDynamic
@@ -153,3 +156,17 @@ def test_a_tied_head_stays_float(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["head"]
     assert found["embed.weight"].dtype == np.float32 and "head.weight" not in found
+
+
+def test_the_command_writes_a_folder(program, tmp_path):
+    path, config = tmp_path / "words.laconic", tmp_path / "original.json"
+    storage.save(freeze(quantize(program, bits=4, symmetric=True)), path)
+    config.write_text(json.dumps({"hidden_size": 24}))
+    command = ["export", str(path), "--to", "safetensors", "--config", str(config)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    held = json.loads((tmp_path / "words" / "config.json").read_text())
+    assert held["hidden_size"] == 24 and "quantization_config" in held
+    assert "up.weight" in weights(tmp_path / "words")
+    config.write_text("{")
+    assert "not a configuration" in CliRunner().invoke(app, command).output
