@@ -193,6 +193,8 @@ def test_what_was_missed_is_told_and_can_be_compiled(encoder, folder, tmp_path):
     agree(encoder, dispatcher.run(inputs), inputs)
     with pytest.raises(DataError, match="expected a size from 1 on for each of batch, sequence"):
         dispatcher.compile({"sequence": 3})
+    with pytest.raises(DataError, match="sequence is 41, the program takes 40"):
+        dispatcher.compile({"batch": 1, "sequence": 41})
 
 
 def test_inputs_that_do_not_fit_are_refused(dispatcher):
@@ -202,6 +204,7 @@ def test_inputs_that_do_not_fit_are_refused(dispatcher):
         ([ids, mask[:, :3]], r"input attention_mask: has shape \[1, 3\], expected .*sequence=5"),
         ([ids[0], mask], r"input ids: has shape \[5\]"),
         ([ids.astype(np.int32), mask], "input ids: is int32, expected int64"),
+        (request([41]), "sequence is 41, the program takes 40 at most"),
     ):
         with pytest.raises(DataError, match=said):
             dispatcher.run(inputs)
@@ -360,7 +363,7 @@ def test_what_cannot_be_specialised_is_refused(encoder, tmp_path):
         (encoder, [(1, 2, 3)], {}, DataError, "expected sizes of batch, sequence"),
         (encoder, [{"lenght": 3}], {}, DataError, "no dynamic dimension named 'lenght'"),
         (encoder, [{"batch": 3}], {}, DataError, "has no size for 'sequence'"),
-        (encoder, [whole], {}, DataError, "sequence=41"),
+        (encoder, [whole], {}, DataError, "sequence is 41, the program takes 40 at most"),
         (encoder, [4], {"count": 0}, RecipeError, "count is 0"),
         (encoder, [4], {"batches": [0]}, DataError, "sizes of a batch"),
         (encoder, [4], {"runtime": "openvin"}, RecipeError, "openvino"),

@@ -76,6 +76,7 @@ class Buckets:
         inputs: name → {"shape": sizes, and names of free dimensions; "dtype"}.
         masks: dimension that may be padded → the input that hides the padding ("" for the batch).
         refused: dimension that may not → why.
+        limits: dimension → the largest size the Program takes, where there is one.
         outputs: for each output, its dimensions that grow with one that may be padded.
         signature: how arguments and outputs nest.
         any_shape: the file for every other shape.
@@ -97,6 +98,7 @@ class Buckets:
     outputs: tuple[Mapping[int, str], ...]
     signature: Signature
     any_shape: str
+    limits: Mapping[str, int] = field(default_factory=dict[str, int])
     ahead: bool = False
     source: str = ""
     buckets: tuple[Bucket, ...] = ()
@@ -159,6 +161,21 @@ def said(sizes: Sizes) -> str:
 def elements(sizes: Sizes) -> int:
     """How many elements the free dimensions span: what costs are told over."""
     return math.prod(sizes.values())
+
+
+def check_limits(limits: Sizes, sizes: Sizes) -> None:
+    """Refuse sizes that the Program does not take.
+
+    Raises:
+        DataError: names the first one.
+    """
+    for name, limit in limits.items():
+        if sizes[name] > limit:
+            raise DataError(
+                f"{name} is {sizes[name]}, the program takes {limit} at most",
+                where=f"shape {said(sizes)}",
+                hint="cut the input",
+            )
 
 
 # files ----------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from laconic.engine.buckets import (
     Buckets,
     Sizes,
     check_file,
+    check_limits,
     elements,
     make,
     opened,
@@ -171,6 +172,7 @@ class Dispatcher(Runner):
                 raise DataError(
                     f"is {array.dtype}, expected {declared['dtype']}", where=f"input {name}"
                 )
+        check_limits(self.held.limits, sizes)
         return sizes
 
     def _needs(self, inputs: Sequence[Array], sizes: Sizes) -> tuple[Need, ...] | None:
@@ -352,6 +354,7 @@ def check_sizes(held: Buckets, sizes: Sizes) -> None:
             f"{', '.join(held.dimensions)}",
             where="sizes",
         )
+    check_limits(held.limits, sizes)
 
 
 def _longest(needs: Sequence[Need]) -> Need:

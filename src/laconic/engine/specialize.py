@@ -22,6 +22,7 @@ from laconic.engine.buckets import (
     SUFFIX,
     Buckets,
     Sizes,
+    check_limits,
     elements,
     lean,
     make,
@@ -44,6 +45,7 @@ from laconic.program.signature import rebuild
 from laconic.program.specialize import check_names, dimensions, resized
 from laconic.runtimes.base import Precision, Runner
 from laconic.solvers.buckets import choose
+from laconic.solvers.limits import find_limits
 from laconic.solvers.padding import BATCH, Padding, find_padding
 
 Shape: TypeAlias = int | Sequence[int] | Mapping[str, int]
@@ -167,7 +169,8 @@ class _Build:
 
     def made(self, path: Path) -> Buckets:
         """Every file but `path` itself, and what that has to say."""
-        held = self._any_shape(path)
+        limits = self._limits()
+        held = replace(self._any_shape(path), limits=limits)
         held = replace(held, costs=self._costs(held), ahead=self.wish.ahead)
         chosen = self._choose(held)
         runners: list[tuple[Sizes, Runner]] = []
@@ -216,6 +219,15 @@ class _Build:
 
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
         return dict(zip(self.names, shape, strict=True))
+
+    def _limits(self) -> dict[str, int]:
+        """The largest sizes there are; refuses a sample beyond them."""
+        lengths = [name for name in self.names if name != BATCH]
+        with self.progress.task("how large shapes may be"):
+            limits = find_limits(self.program, dict.fromkeys(lengths, 1))
+        for shape in self.sample:
+            check_limits(limits, self._sizes(shape))
+        return limits
 
     def _compare(self, runner: Runner, sizes: Sizes) -> None:
         """A file has to give what the Program gives."""
