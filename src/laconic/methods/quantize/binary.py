@@ -25,28 +25,23 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from laconic.methods.base import Context, Method, Outcome
-from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import binary_layers, folding, learned_steps, placement
+from laconic.solvers import binary_layers, learned_steps, placement
 from laconic.solvers.binary_grids import BinaryGrids
 from laconic.solvers.binary_layers import BinaryWeight, Estimator
+from laconic.solvers.grid_training import GridTraining, GridWork, opened
 from laconic.solvers.learned_steps import LearnedStep
-from laconic.solvers.learning import Course, Learning, trainable
 from laconic.solvers.placement import Place
 from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
 from laconic.statistics.base import Statistic
-from laconic.statistics.batches import Batches
-from laconic.statistics.collect import collect
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.moments import Moments
 
-_ALL = Sites()
 
-
-class QuantizeBinary(Learning, Method):
-    """Options of `quantize.binary`; see `Learning` and `Plan` for those of the training.
+class QuantizeBinary(GridTraining, Method):
+    """Options of `quantize.binary`; see `GridTraining`, `Learning` and `Plan` for the training's.
 
     Sites are weights; all float parameters are trained.
 
@@ -59,9 +54,6 @@ class QuantizeBinary(Learning, Method):
         prelu: with `activations`: PReLU in place of ReLU in front of binary activations.
         shortcuts: with `activations`: lead each convolution's input past it where shapes allow.
         first: with `activations`: part of the steps in which weights are still floats.
-        samples: calibration samples for the first shifts and scales.
-        fold: fold batch norm at the end, as runtimes want it; without, it can train on as it is.
-        freeze: store the weights as codes; the Program then does not train on.
     """
 
     trains: ClassVar[bool] = True
@@ -74,9 +66,6 @@ class QuantizeBinary(Learning, Method):
     prelu: bool = True
     shortcuts: bool = True
     first: float = Field(default=0.3, ge=0, lt=1)
-    samples: int = Field(default=256, ge=1)
-    fold: bool = True
-    freeze: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -92,8 +81,7 @@ class QuantizeBinary(Learning, Method):
             DataError: no data, or data that do not fit or are not finite; names the node.
             TrainingError: the loss diverged before there was anything worth keeping.
         """
-        work = _Work(thaw(program) if is_frozen(program) else program.clone(), context)
-        work.program.to(context.device).propagate()
+        work = _Work(opened(program, context), context)
         self._select(work, sites)
         if not work.sites and not work.ends:
             work.notes.append("nothing to quantise: no float weight of a known operator is left")
@@ -102,21 +90,13 @@ class QuantizeBinary(Learning, Method):
         self._insert(work)
         first = self.first if self.activations else 0.0
         attendant = BinaryGrids(work.steps, work.weights, first)
-        student = work.program.train()
-        names = trainable(student, _ALL)
-        learned = self.learn(program, student, names, Course.of(context), attendant=attendant)
-        made = self._finish(work, frozen=is_frozen(program))
-        return Outcome(
-            program=made,
-            resolved={**self.model_dump(mode="json", exclude_defaults=True), **learned.resolved},
-            notes=[*work.notes, *learned.notes],
-            figures={
-                **learned.figures,
-                "weights": len(work.weights),
-                "activations": len(work.binary),
-                "shortcuts": work.shortcuts,
-            },
-        )
+        figures = {
+            "weights": len(work.weights),
+            "activations": len(work.binary),
+            "shortcuts": work.shortcuts,
+        }
+        ran = self.trained(program, work, attendant, lambda: self._settle(work), lambda: figures)
+        return Outcome(**vars(ran))
 
     # the graph --------------------------------------------------------------------------------
 
@@ -179,10 +159,7 @@ class QuantizeBinary(Learning, Method):
             **{("range", name): (name, "output", held) for name, held in histograms.items()},
             **{("moments", name): (name, "output", held) for name, held in moments.items()},
         }
-        if wanted:
-            task, device = work.context.task, work.context.device
-            batches = Batches(work.program, task, self.samples, device, size=64)
-            collect(work.program, batches, wanted, work.context.progress)
+        self.collect(work, wanted)
         return histograms, moments
 
     def _binary(self, work: "_Work", place: Place, found: Moments) -> None:
@@ -203,31 +180,21 @@ class QuantizeBinary(Learning, Method):
 
     # the end ----------------------------------------------------------------------------------
 
-    def _finish(self, work: "_Work", *, frozen: bool) -> Program:
-        made = work.program
-        binary_layers.settle(made, work.weights, work.binary, even=self.balanced)
-        learned_steps.settle(made, [step for step in work.steps if step not in work.binary])
-        if self.fold:
-            work.notes += folding.fold_batch_norms(made, forwards=False).notes
-        made.drop_unused()
-        made.recompile()
-        made.propagate()
-        return freeze(made) if frozen or self.freeze else made
+    def _settle(self, work: "_Work") -> None:
+        """The nodes of training become those that stay."""
+        binary_layers.settle(work.program, work.weights, work.binary, even=self.balanced)
+        others = [step for step in work.steps if step not in work.binary]
+        learned_steps.settle(work.program, others)
 
 
 @dataclass
-class _Work:
+class _Work(GridWork):
     """What is known while the method runs."""
 
-    program: Program
-    context: Context
-    sites: list[WeightSite] = field(default_factory=list[WeightSite])
     ends: list[WeightSite] = field(default_factory=list[WeightSite])
-    steps: list[LearnedStep] = field(default_factory=list[LearnedStep])
     binary: list[LearnedStep] = field(default_factory=list[LearnedStep])
     weights: list[BinaryWeight] = field(default_factory=list[BinaryWeight])
     shortcuts: int = 0
-    notes: list[str] = field(default_factory=list[str])
 
 
 def _channels_second(places: Sequence[Place], source: Any) -> bool:

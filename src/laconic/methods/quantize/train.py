@@ -29,28 +29,22 @@ from pydantic import Field, model_validator
 from torch import fx
 
 from laconic.methods.base import Context, Method, Outcome
-from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import folding, learned_steps, norm_signs, placement, ternary_layers
-from laconic.solvers.learned_grids import Course as GridCourse
-from laconic.solvers.learned_grids import LearnedGrids
-from laconic.solvers.learned_steps import Clipping, Ends, Initial, LearnedStep
-from laconic.solvers.learning import Course, Learning, trainable
+from laconic.solvers import learned_steps, norm_signs, placement, ternary_layers
+from laconic.solvers.grid_training import GridTraining, GridWork, opened
+from laconic.solvers.learned_grids import Course, LearnedGrids
+from laconic.solvers.learned_steps import Clipping, Ends, Initial
 from laconic.solvers.oscillation import Damping
 from laconic.solvers.placement import Place
 from laconic.solvers.ranges import Grid
 from laconic.solvers.ternary_layers import TernaryWeight
-from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
-from laconic.statistics.batches import Batches
-from laconic.statistics.collect import collect
+from laconic.solvers.weight_sites import choose_sites, weight_sites
 from laconic.statistics.histogram import Histogram
 
-_ALL = Sites()
 
-
-class QuantizeTrain(Learning, Method):
-    """Options of `quantize.train`; see `Learning` and `Plan` for those of the training.
+class QuantizeTrain(GridTraining, Method):
+    """Options of `quantize.train`; see `GridTraining`, `Learning` and `Plan` for the training's.
 
     Sites are weights; all float parameters are trained. Weights and activations that stand on a
     grid already keep its bits, and their steps train too.
@@ -72,9 +66,6 @@ class QuantizeTrain(Learning, Method):
         lowered: part of the steps after which the bits are the last ones.
         damping: of weights that jump between two codes: "none", "damp" or "freeze".
         damping_strength: of "damp", in the last step.
-        samples: calibration samples for the first steps of activations.
-        fold: fold batch norm at the end, as runtimes want it; without, it can train on as it is.
-        freeze: store the weights as integers; the Program then does not train on.
     """
 
     trains: ClassVar[bool] = True
@@ -92,9 +83,6 @@ class QuantizeTrain(Learning, Method):
     lowered: float = Field(default=0.4, gt=0, lt=1)
     damping: Damping = "none"
     damping_strength: float = Field(default=0.1, ge=0)
-    samples: int = Field(default=256, ge=1)
-    fold: bool = True
-    freeze: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -119,32 +107,32 @@ class QuantizeTrain(Learning, Method):
             DataError: no data, or data that do not fit or are not finite; names the node.
             TrainingError: the loss diverged before there was anything worth keeping.
         """
-        work = _Work(thaw(program) if is_frozen(program) else program.clone(), context)
-        work.program.to(context.device).propagate()
+        work = _Work(opened(program, context), context)
         self._select(work, sites)
         if not work.sites and not work.steps:
             work.notes.append("nothing to quantise: no float weight of a known operator is left")
             return Outcome(program=program.clone(), notes=work.notes)
-        histograms = self._calibrate(work)
-        self._insert(work, histograms)
+        self._insert(work, self._calibrate(work))
         steps = [*work.steps, *(held.step for held in work.ternary)]
         attendant = LearnedGrids(steps, self._course(work))
-        student = work.program.train()
-        names = trainable(student, _ALL)
-        learned = self.learn(program, student, names, Course.of(context), attendant=attendant)
-        jumping = attendant.oscillation.share()
-        made = self._finish(work, frozen=is_frozen(program))
-        return Outcome(
-            program=made,
-            resolved={**self.model_dump(mode="json", exclude_defaults=True), **learned.resolved},
-            notes=[*work.notes, *learned.notes],
-            figures={
-                **learned.figures,
-                "weights": sum(step.weight is not None for step in work.steps) + len(work.ternary),
-                "activations": sum(step.weight is None for step in work.steps),
-                "jumping": jumping,
-            },
-        )
+
+        def settle() -> None:
+            learned_steps.settle(work.program, work.steps)
+            ternary_layers.as_floats(work.program, work.ternary)
+
+        def figures() -> dict[str, Any]:
+            stored = sum(step.weight is not None for step in work.steps)
+            return {
+                "weights": stored + len(work.ternary),
+                "activations": len(work.steps) - stored,
+                "jumping": attendant.oscillation.share(),
+            }
+
+        ran = self.trained(
+            program, work, attendant, settle, figures,
+            lambda: ternary_layers.settle(work.program, work.ternary),
+        )  # fmt: skip
+        return Outcome(**vars(ran))
 
     # choosing ---------------------------------------------------------------------------------
 
@@ -179,10 +167,7 @@ class QuantizeTrain(Learning, Method):
         """Histograms of what is to be rounded, by group of places."""
         work.places = self._places(work)
         wanted = {place.name: (place.name, "output", Histogram()) for place in work.places}
-        if wanted:
-            task, device = work.context.task, work.context.device
-            batches = Batches(work.program, task, self.samples, device, size=64)
-            collect(work.program, batches, wanted, work.context.progress)
+        self.collect(work, wanted)
         found: dict[int, Histogram] = {}
         for place in work.places:
             found.setdefault(place.group, Histogram()).merge(wanted[place.name][2])
@@ -229,9 +214,9 @@ class QuantizeTrain(Learning, Method):
         bits = self._bits(work, sorted(place.sites), self.activations)
         return [learned_steps.activation_grid(histogram, b, self.initial) for b in bits]
 
-    def _course(self, work: "_Work") -> GridCourse:
+    def _course(self, work: "_Work") -> Course:
         stages = len(self.lowering)
-        return GridCourse(
+        return Course(
             starts=tuple(self.lowered * i / max(stages, 1) for i in range(stages + 1)),
             initial=self.initial,
             damping=self.damping,
@@ -239,34 +224,15 @@ class QuantizeTrain(Learning, Method):
             positive=tuple(work.positive),
         )
 
-    # the end ----------------------------------------------------------------------------------
-
-    def _finish(self, work: "_Work", *, frozen: bool) -> Program:
-        made = work.program
-        learned_steps.settle(made, work.steps)
-        ternary_layers.as_floats(made, work.ternary)
-        if self.fold:
-            folded = folding.fold_batch_norms(made, forwards=False)
-            work.notes += folded.notes
-        ternary_layers.settle(made, work.ternary)
-        made.drop_unused()
-        made.recompile()
-        return freeze(made) if frozen or self.freeze else made
-
 
 @dataclass
-class _Work:
+class _Work(GridWork):
     """What is known while the method runs."""
 
-    program: Program
-    context: Context
-    sites: list[WeightSite] = field(default_factory=list[WeightSite])
     places: list[Place] = field(default_factory=list[Place])
-    steps: list[LearnedStep] = field(default_factory=list[LearnedStep])
     ternary: list[TernaryWeight] = field(default_factory=list[TernaryWeight])
     ends: set[str] = field(default_factory=set[str])
     positive: list[str] = field(default_factory=list[str])
-    notes: list[str] = field(default_factory=list[str])
 
 
 def _stored(node: fx.Node) -> str | None:
