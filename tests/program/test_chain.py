@@ -175,6 +175,7 @@ def test_rows_that_left_are_not_computed():
     eager = [chain._eager(piece) for piece in made.pieces]
     chain.execute(made.plan, inputs, [watched(i, p) for i, p in enumerate(eager)])
     sizes = [size for _, size in seen]
+    assert [number for number, _ in seen] == [0, 1, 2]
     assert sizes[0] == 32
     assert 0 < sizes[2] < sizes[1] < 32
     rows_of = {node.name: node for node in program.graph.nodes}

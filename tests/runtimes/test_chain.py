@@ -12,7 +12,7 @@ from laconic.core.errors import ExportError
 from laconic.engine.artifact import declared_inputs, every_way, open_artifact, shipped_bytes
 from laconic.engine.files import write_chain, write_models
 from laconic.program.capture import capture
-from laconic.runtimes import _chain
+from laconic.runtimes import _chain, openvino
 
 CHOOSE = torch.ops.laconic.choose
 
@@ -85,6 +85,21 @@ def test_files_give_what_the_static_program_gives(program, written, sizes):
         x = _images(size)
         (found,) = runner.run([x])
         np.testing.assert_allclose(found, _wanted(program, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_one_graph_that_branches_gives_the_same(program, tmp_path, name):
+    engine = runtimes.get(name)
+    path = engine.write(program, tmp_path / f"net{engine.suffix}", branches=True)
+    runner = engine.load(path, "fp32", 1)
+    for size in (1, 1, 1, 9):
+        x = _images(size)
+        np.testing.assert_allclose(runner.run([x])[0], _wanted(program, x), rtol=1e-4, atol=1e-5)
+    model = openvino.core().read_model(str(path))
+    assert sum(op.get_type_name() == "If" for op in model.get_ops()) == 1  # the other is inside
+    plain = capture(nn.Linear(3, 2).eval(), (torch.randn(2, 3),))
+    with pytest.raises(ExportError, match="nothing to branch on"):
+        engine.write(plain, tmp_path / f"plain{engine.suffix}", branches=True)
 
 
 def test_the_door_for_all_files_opens_a_chain(program, written):

@@ -26,6 +26,12 @@ def export(
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or int8; int8 where FILE is quantised.")
     ] = None,
+    branches: Annotated[
+        bool,
+        typer.Option(
+            "--branches", help="One file that branches where inputs decide: the batch as a whole."
+        ),
+    ] = False,
     model: Member = None,
     threads: Threads = None,
     config: Annotated[
@@ -58,12 +64,15 @@ def export(
     engine = runtimes.get(_KINDS[to])
     kind = pick_precision(program, engine, precision)
     path = out or file.with_suffix(engine.suffix)
+    if branches and engine.name == "inductor":
+        raise typer.BadParameter("only onnx and openvino files branch", param_hint="--branches")
+    options = {"branches": True} if branches else {}
     if engine.name == "inductor":
         path = write_inductor(program, path, kind, threads, None)
     else:
-        path = engine.write(program, path, kind)
+        path = engine.write(program, path, kind, **options)
     _check(program, path, engine.files(path), engine.load(path, kind, threads), kind)
-    chain = write_chain(program, path, engine, kind, threads)
+    chain = None if branches else write_chain(program, path, engine, kind, threads)
     if chain is not None:
         _check(program, chain, chain_files(chain), load_chain(chain, engine, threads), kind)
 

@@ -147,13 +147,14 @@ class _Builder:
     def build(self) -> Chain:
         results: Any = self._program.output_node.args[0]
         steps = self._steps(self._flow.steps(), {*results})
+        _renumber(steps, len(self._pieces) - 1)
         plan = Plan(
             inputs=_names(self._program.placeholders),
             outputs=_names(results),
             whole=_names(node for node in self._crossing if not self._flow.has_rows(node)),
             steps=steps,
         )
-        return Chain(plan, tuple(self._pieces))
+        return Chain(plan, tuple(self._pieces[::-1]))
 
     def _steps(self, runs: Sequence[Run], results: set[fx.Node]) -> list[Step]:
         """Plain steps; a piece gives what later steps, or the `results`, read."""
@@ -180,6 +181,14 @@ class _Builder:
             otherwise=_names(run.operand(member, 2) for member in run.members),
             gives=_names(run.members),
         )
+
+
+def _renumber(steps: Iterable[Step], last: int) -> None:
+    """Pieces were made from the end; count them from the beginning."""
+    for step in steps:
+        if "run" in step:
+            step["run"] = last - step["run"]
+        _renumber(step.get("steps", ()), last)
 
 
 def _names(nodes: Iterable[fx.Node]) -> list[str]:

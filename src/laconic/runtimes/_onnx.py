@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import fx
 from torch.export import ExportedProgram
 
 from laconic.core.errors import ExportError
+from laconic.program.chain import split
 from laconic.program.program import Program
+from laconic.runtimes._branches import Before, branching
 from laconic.runtimes._export import export, lower_weights, quiet
 from laconic.runtimes._onnx_blocks import blocked_weights
 from laconic.runtimes._onnx_floats import float8_weights
@@ -26,11 +29,12 @@ from laconic.runtimes._onnx_registry import remembered_table
 _IR = Any  # onnx_ir and onnxscript objects: loose stubs
 
 
-def write_onnx(program: Program, path: Path) -> Path:
+def write_onnx(program: Program, path: Path, branches: bool = False) -> Path:
     """Write `program` to `path` as ONNX; dynamic dimensions keep their names.
 
     Inputs are named as the placeholders; outputs `output` or `output_0`, `output_1`, ...
     Weights behind quantisation nodes are stored as int8, or fp8, with a DequantizeLinear.
+    With `branches`, what inputs decide is an `If` around what no row of the batch needs.
 
     Raises:
         ExportError: an operator has no ONNX translation, or the file cannot be written.
@@ -38,7 +42,8 @@ def write_onnx(program: Program, path: Path) -> Path:
     obstacles = refusals(program)
     if obstacles:
         raise ExportError("; ".join(obstacles), where="onnx")
-    exported = export(lower_weights(program, float8_weights), program)
+    lowered = (_branching if branches else lower_weights)(program, float8_weights)
+    exported = export(lowered, program)
     model = _translate(exported)
     _name_outputs(model)
     _name_inputs(model, program)
@@ -48,6 +53,17 @@ def write_onnx(program: Program, path: Path) -> Path:
     _strip(model)
     _save(model, path)
     return path
+
+
+def _branching(program: Program, before: Before) -> fx.GraphModule:
+    chain = split(program)
+    if not chain.decides:
+        raise ExportError(
+            "nothing is decided by input, so there is nothing to branch on",
+            where="onnx",
+            hint="dynamic.early_exit, dynamic.cascade and dynamic.skip_layers put choices in",
+        )
+    return branching(chain, before)
 
 
 def _translate(exported: ExportedProgram) -> _IR:

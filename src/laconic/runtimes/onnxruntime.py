@@ -36,9 +36,17 @@ class OnnxRuntime(Runtime):
             return ["ONNX Runtime has no bf16 kernels for CPUs: use openvino or inductor"]
         return check_precision(self, program, precision) + refusals(program)
 
-    def write(self, program: Program, path: Path, precision: Precision = "fp32") -> Path:
+    def write(
+        self,
+        program: Program,
+        path: Path,
+        precision: Precision = "fp32",
+        *,
+        branches: bool = False,
+    ) -> Path:
+        """Write `path`; with `branches` the graph leaves out what no row of a batch needs."""
         self.demand(program, precision)
-        return write_onnx(program, path)
+        return write_onnx(program, path, branches)
 
     def load(
         self,

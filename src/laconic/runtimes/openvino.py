@@ -75,14 +75,24 @@ class OpenVino(Runtime):
             found.append(f"this CPU has no bf16 instructions ({_property('FULL_DEVICE_NAME')})")
         return found
 
-    def write(self, program: Program, path: Path, precision: Precision = "fp32") -> Path:
-        """Write `path` (.xml) and its weights beside it (.bin)."""
+    def write(
+        self,
+        program: Program,
+        path: Path,
+        precision: Precision = "fp32",
+        *,
+        branches: bool = False,
+    ) -> Path:
+        """Write `path` (.xml) and its weights beside it (.bin).
+
+        With `branches` the graph leaves out what no row of a batch needs.
+        """
         self.demand(program, precision)
         ov = openvino()
         path = path.with_suffix(self.suffix)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}-") as folder:
-            source = write_onnx(program, Path(folder) / "model.onnx")
+            source = write_onnx(program, Path(folder) / "model.onnx", branches)
             target = Path(folder) / path.name
             model = self._read(core(), source)
             try:
