@@ -150,7 +150,7 @@ def there(job: Job) -> list[str]:
 def runners(job: Job, precision: Precision, batch: int) -> dict[str, peers.Runner]:
     """Original, fixed and gated, as OpenVINO runs them."""
     found = {"original": static(job, "original", job.program, precision, batch)}
-    if "fixed" in there(job):
+    if "fixed" in there(job) and not job.quick:
         found["fixed"] = static(job, "fixed", job.stages.program("fixed"), precision, batch)
     if "gated" in there(job):
         found["gated"] = chained(job, precision, batch)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from laconic.core.errors import RecipeError
@@ -21,15 +22,17 @@ MASK = (torch.arange(TOKENS) < torch.tensor([[5], [2], [6], [3]])).long()
 
 
 class Masked(nn.Module):
-    """Two units on tokens that do not see each other, and the mean of what is real."""
+    """Two units of tokens that see each other where they are real, and the mean of those."""
 
     def __init__(self):
         super().__init__()
         self.units = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
 
     def forward(self, x, mask):
+        hidden = mask.bool()[:, None, None, :].expand(-1, 1, TOKENS, TOKENS)
         for unit in self.units:
-            x = x + torch.tanh(unit(x))
+            y = unit(x).unsqueeze(1)
+            x = x + F.scaled_dot_product_attention(y, y, y, attn_mask=hidden).squeeze(1)
         held = mask.unsqueeze(-1).float()
         return (x * held).sum(1) / held.sum(1)
 
@@ -140,8 +143,10 @@ def test_what_is_no_unit_is_said():
 
 def test_padding_opens_no_gate():
     held = capture(zoo.shake(Masked(), seed=2), {"x": torch.randn(2, TOKENS, 8), "mask": MASK[:2]})
-    made, placed = gated(held, size=2, noise=1.0)
+    made, placed = gated(held, noise=1.0)
     gates.decide(made, placed)
+    for body in split(made).pieces:  # none is handed a mask of all tokens to all tokens
+        assert all(held.ndim < 4 for held in body.example)
     x = torch.randn(4, TOKENS, 8, generator=torch.Generator().manual_seed(3))
     other = torch.where(MASK[..., None] == 1, x, 9.0)
     torch.testing.assert_close(made(x, MASK), made(other, MASK))

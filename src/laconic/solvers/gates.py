@@ -7,7 +7,8 @@ arXiv 1308.3432). Afterwards `laconic.choose` takes the place of the product.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -58,7 +59,6 @@ class Gate:
         open: `[batch]` of 0 and 1 while it trains.
         mixed: what stands in the place of the unit's end.
         threshold: name of the stored limit.
-        nodes: everything that only training needs.
     """
 
     unit: Unit
@@ -66,7 +66,6 @@ class Gate:
     open: fx.Node
     mixed: fx.Node
     threshold: str
-    nodes: list[fx.Node] = field(default_factory=list[fx.Node])
 
 
 # units --------------------------------------------------------------------------------------
@@ -90,7 +89,8 @@ def units(program: Program, names: Sequence[str], size: int) -> tuple[list[Unit]
         start, end = run[0].stream, _end(run, streams)
         alike = all(start.meta.get(key) == end.meta.get(key) for key in ("shape", "dtype"))
         inner = _between(start, end, order)
-        if not alike or len(start.meta["shape"]) < 2 or _leaves(inner, end):
+        joined = all(_end([one], streams) is two.stream for one, two in pairwise(run))
+        if not alike or not joined or len(start.meta["shape"]) < 2 or _leaves(inner, end):
             notes.append(f"{name}: always runs: what is behind it is no stream of its own")
             continue
         found.append(Unit(name, start, end))
@@ -182,12 +182,11 @@ def insert(program: Program, found: Sequence[Unit]) -> list[Gate]:
 
 
 def _insert(program: Program, unit: Unit) -> Gate:
-    graph, made = program.graph, list[fx.Node]()
+    graph = program.graph
 
     def call(target: Any, *args: Any) -> fx.Node:
         node = graph.call_function(target, args)
         node.meta = {"origin": unit.end.meta.get("origin", "")}
-        made.append(node)
         return node
 
     users = list(unit.end.users)
@@ -195,9 +194,8 @@ def _insert(program: Program, unit: Unit) -> Gate:
         anchor = graph.call_function(_ATEN.alias.default, (unit.end,))
     with graph.inserting_before(anchor):
         score = _score(program, unit, call)
-        held = len(made)
         share = call(_ATEN.sigmoid.default, score)
-        hard = call(_ATEN.to.dtype, call(_ATEN.gt.Scalar, score, 0.0), score_dtype(unit))
+        hard = call(_ATEN.to.dtype, call(_ATEN.gt.Scalar, score, 0.0), unit.start.meta["dtype"])
         apart = call(_ATEN.detach.default, call(_ATEN.sub.Tensor, hard, share))
         opened = call(_ATEN.add.Tensor, share, apart)
         shape = [-1, *[1] * (len(unit.end.meta["shape"]) - 1)]
@@ -209,12 +207,7 @@ def _insert(program: Program, unit: Unit) -> Gate:
     for user in users:
         user.replace_input_with(unit.end, mixed)
     stored = program.add_tensor(f"gates.{_path(unit)}.threshold", torch.tensor(0.0))
-    return Gate(unit, score, opened, mixed, stored, made[held:])
-
-
-def score_dtype(unit: Unit) -> torch.dtype:
-    """The type of the numbers in a unit's stream."""
-    return unit.start.meta["dtype"]
+    return Gate(unit, score, opened, mixed, stored)
 
 
 def _path(unit: Unit) -> str:
@@ -245,7 +238,7 @@ def _mean_of_tokens(program: Program, unit: Unit, call: Any) -> fx.Node:
     mask = mask_input(program, unit.start.meta["shape"][1])
     if mask is None:
         return call(_ATEN.mean.dim, unit.start, [1])
-    real = call(_ATEN.to.dtype, call(_ATEN.unsqueeze.default, mask, -1), score_dtype(unit))
+    real = call(_ATEN.to.dtype, call(_ATEN.unsqueeze.default, mask, -1), unit.start.meta["dtype"])
     total = call(_ATEN.sum.dim_IntList, call(_ATEN.mul.Tensor, unit.start, real), [1])
     count = call(_ATEN.clamp_min.default, call(_ATEN.sum.dim_IntList, real, [1]), 1.0)
     return call(_ATEN.div.Tensor, total, count)
