@@ -140,9 +140,9 @@ def test_an_outlier_is_spread_and_the_error_falls(outlier):
 
 
 def test_learning_only_ever_helps(outlier):
-    before, after = rotate(outlier, judge=False, steps=30, bits=3, activation_bits=None).figures[
-        "learned"
-    ]
+    before, after = rotate(
+        outlier, judge=False, steps=30, bits=3, first_last=None, activation_bits=None
+    ).figures["learned"]
     assert after < before
 
 

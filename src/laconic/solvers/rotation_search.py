@@ -46,11 +46,13 @@ class Grids:
     Attributes:
         bits: of the weights' codes.
         activation_bits: of the activations' codes; None: they stay float.
+        first_last: bits of the first and of the last weight; None: like the others.
         weight_range: how weights' ranges are chosen.
     """
 
     bits: int
     activation_bits: int | None
+    first_last: int | None
     weight_range: ranges.Rule
 
 
@@ -64,7 +66,9 @@ class Probe:
         self._places = members(self.turns.values())
         made = program.clone()
         every, _ = weight_sites(made)
-        self._sites = [s for s in every if s.name in self._places and not s.lookup]
+        layers = [site for site in every if not site.lookup]
+        self._ends = {layers[0].name, layers[-1].name} if layers else set[str]()
+        self._sites = [site for site in layers if site.name in self._places]
         if grids.activation_bits is not None:
             for place in placement.places(made, self._sites, []):
                 insertion.insert_dynamic(made, place, grids.activation_bits, False)
@@ -80,6 +84,8 @@ class Probe:
 
     def _grid_of(self, site: WeightSite, weight: Tensor) -> ranges.Grid:
         rule, bits = self.grids.weight_range, self.grids.bits
+        if site.name in self._ends:
+            bits = self.grids.first_last or bits
         return ranges.weight_grid(weight.detach(), site.axis, rule, bits)
 
     def tensors(self, by: Rotations) -> dict[str, Tensor]:

@@ -60,6 +60,7 @@ class QuantizeRotate(Method):
             the task's loss on its training data.
         bits: of the weights that are judged.
         activation_bits: of the activations that are judged; None: they stay float.
+        first_last: bits of the first and the last weight that are judged; None: like the others.
         weight_range: how the judged weights' ranges are chosen.
         samples: calibration samples.
         kept: resolved: groups whose rotations are kept, instead of judging.
@@ -73,6 +74,7 @@ class QuantizeRotate(Method):
     loss: Literal["output", "task"] = "output"
     bits: int = Field(default=4, ge=2, le=16)
     activation_bits: int | None = Field(default=8, ge=2, le=16)
+    first_last: int | None = Field(default=8, ge=2, le=16)
     weight_range: ranges.Rule = "mse"
     samples: int = Field(default=64, ge=1)
     kept: tuple[str, ...] | None = None
@@ -130,7 +132,11 @@ class QuantizeRotate(Method):
         return list(kept), {"judged": told}
 
     def _probe(self, program: Program, turns: Mapping[str, Turn]) -> Probe:
-        return Probe(program, turns, Grids(self.bits, self.activation_bits, self.weight_range))
+        return Probe(
+            program,
+            turns,
+            Grids(self.bits, self.activation_bits, self.first_last, self.weight_range),
+        )
 
     def _resolved_names(self, names: Sequence[str]) -> list[str]:
         """Raises RecipeError: a kept group is not there."""
