@@ -214,7 +214,6 @@ class _Start:
     def _shallow(self, program: Program, layers: Sequence[str]) -> tuple[Program, dict[str, Any]]:
         """The program with only those layers; with `fitted`, they make up for the others."""
         made = program.clone()
-        made.propagate()
         chains = depth.chains(made)
         if all(layer.name in layers for chain in chains for layer in chain):
             return made, {}
@@ -223,7 +222,6 @@ class _Start:
         if self.method.select != "fitted" or not goals:
             return made, {}
         program = program.clone()
-        program.propagate()
         device, home = self.context.device, next((t.device for _, t in made.tensors()), None)
         report = towards(
             program.to(device), made.to(device), goals, self.job.batches(),
@@ -240,7 +238,6 @@ class _Start:
         changes: Changes,
         figures: Mapping[str, Any],
     ) -> Outcome:
-        made.propagate()
         before, after = cost(self.job.dense), cost(made)
         own = self.method.model_dump(mode="json", exclude_defaults=True)
         if self.method.layers is not None or self.method.student is not None:
