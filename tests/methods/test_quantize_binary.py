@@ -128,26 +128,9 @@ def test_the_replay_is_bit_for_bit_and_weights_have_one_bit(program, task, optio
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("part", [0.5, 0.85], ids=["first step", "second step"])
-def test_stopped_and_resumed_equals_uninterrupted(program, task, tmp_path, options, part):
+def test_stopped_and_resumed_equals_uninterrupted(program, task, resumes, options, part):
     options = {"save_every": 0, **options}
-    told, fail_at = [], None
-
-    def split(batch):
-        told.append(0)
-        if len(told) == fail_at:
-            raise RuntimeError("power cut")
-        return (batch[0],), batch[1]
-
-    counted = classification(train=task.train, validation=task.validation, split=split)
-    whole = apply(program, counted, **options)
-    fail_at = round(len(told) * part)
-    told.clear()
-    with pytest.raises(RuntimeError, match="power cut"):
-        apply(program, counted, workdir=tmp_path, **options)
-    fail_at = None
-    again = apply(program, counted, workdir=tmp_path, **options)
-    assert same(tensors(again.program), tensors(whole.program))
-    assert again.figures == {**whole.figures, "seconds": again.figures["seconds"]}
+    resumes(lambda held, **more: apply(program, held, **options, **more), task, part)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)

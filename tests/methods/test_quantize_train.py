@@ -130,26 +130,9 @@ def test_the_replay_is_bit_for_bit_and_codes_are_within_their_range(program, tas
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
-def test_stopped_and_resumed_equals_uninterrupted(program, task, tmp_path, options):
+def test_stopped_and_resumed_equals_uninterrupted(program, task, resumes, options):
     options = {"save_every": 0, **options}
-    told, fail_at = [], None
-
-    def split(batch):
-        told.append(0)
-        if len(told) == fail_at:
-            raise RuntimeError("power cut")
-        return (batch[0],), batch[1]
-
-    counted = classification(train=task.train, validation=task.validation, split=split)
-    whole = apply(program, counted, **options)
-    fail_at = len(told) * 3 // 4
-    told.clear()
-    with pytest.raises(RuntimeError, match="power cut"):
-        apply(program, counted, workdir=tmp_path, **options)
-    fail_at = None
-    again = apply(program, counted, workdir=tmp_path, **options)
-    assert same(tensors(again.program), tensors(whole.program))
-    assert again.figures == {**whole.figures, "seconds": again.figures["seconds"]}
+    resumes(lambda held, **more: apply(program, held, **options, **more), task, 0.75)
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
