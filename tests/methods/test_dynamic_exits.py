@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import laconic
-from laconic.core.errors import RecipeError
+from laconic.core.errors import DataError, RecipeError
 from laconic.core.task import classification, embedding, regression
 from laconic.methods.base import Context
 from laconic.methods.dynamic.cascade import Cascade
@@ -156,6 +156,16 @@ def test_too_few_samples_promise_nothing_and_change_nothing(trained, task):
     assert "cannot certify 0.3 points at 95 % confidence" in made.notes[-1]
     assert made.resolved["limits"] == [NEVER, NEVER]
     assert not choices(made.program)
+
+
+def test_without_labelled_validation_data_nothing_is_promised(trained, task):
+    program = trained["deep"]
+    without = classification(train=task.train)
+    with pytest.raises(DataError, match="no validation data"):
+        EarlyExit(steps=1).apply(program, Sites(), context_of(program, without))
+    bare = classification(train=task.train, validation=[(x, None) for x, _ in task.validation])
+    with pytest.raises(DataError, match="no targets"):
+        EarlyExit(steps=1).apply(program, Sites(), context_of(program, bare))
 
 
 def test_the_network_is_trained_along_if_asked(trained, task):

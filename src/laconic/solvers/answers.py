@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from laconic.core.errors import RecipeError
+from laconic.core.errors import DataError, RecipeError
 from laconic.core.task import Task, to_device
 from laconic.measuring import intervals
 from laconic.program.program import Program
@@ -77,6 +77,8 @@ def judged(
         check_inputs(program, flat, f"validation batch {number}")
         moved = to_device(flat, context.device)
         targets = to_device(targets, context.device)
+        if targets is None:
+            raise DataError("has no targets to compare with", where=f"validation batch {number}")
         logits = asked.run_flat(*moved)
         held = [_scores(program, task, each, targets) for each in logits]
         wanted = held[-1]

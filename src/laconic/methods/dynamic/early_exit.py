@@ -106,6 +106,8 @@ class EarlyExit(Plan, Method):
             return Outcome(
                 program=program.clone(), resolved={**resolved, "limits": given}, notes=[note]
             )
+        if given is None:
+            context.task.batches("validation")  # refuses before anything is trained
         made, nodes, trained = self._trained(work, found, classes, context)
         figures: dict[str, Any] = {"places": {place.name: place.share for place in found}}
         notes = list(trained.notes)
