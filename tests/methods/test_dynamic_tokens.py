@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from laconic import runtimes
 from laconic.core.errors import RecipeError
 from laconic.core.task import classification
 from laconic.methods.base import Context
@@ -195,6 +196,18 @@ def test_a_table_of_positions_is_named():
     assert any("layers.0: keeps its tokens: table has a place" in note for note in made.notes)
     with pytest.raises(RecipeError, match="table has a place for every token"):
         applied(captured, "layers.0", r=2)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("by", ["merge", "fuse"])
+def test_runtimes_choose_the_same_tokens(runtime, by, tmp_path):
+    pytest.importorskip(runtime)
+    made = applied(program("class"), "layers.1", by=by, r=4).program
+    engine = runtimes.get(runtime)
+    path = engine.write(made, tmp_path / f"model{engine.suffix}")
+    x = torch.randn(3, TOKENS, 6, generator=torch.Generator().manual_seed(5))
+    (found,) = engine.load(path, threads=1).run([x.numpy()])
+    torch.testing.assert_close(torch.from_numpy(found), made(x), rtol=1e-4, atol=1e-5)
 
 
 @functools.cache
