@@ -10,7 +10,7 @@ as it came: what comes out for it depends on its length.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from laconic.core.errors import DataError
+from laconic.engine.arrays import axis_of, cut, joined, shaped
 from laconic.engine.buckets import (
     BRIEF,
     SUFFIX,
@@ -147,7 +148,7 @@ class Dispatcher(Runner):
         rows = [order[part.first : part.last] for part in plan]
         found = [self._run(inputs, row, part, sizes) for row, part in zip(rows, plan, strict=True)]
         return [
-            _joined([each[number] for each in found], rows, _axis(dims))
+            joined([each[number] for each in found], rows, axis_of(dims))
             for number, dims in enumerate(self.held.outputs)
         ]
 
@@ -202,12 +203,12 @@ class Dispatcher(Runner):
         if part.bucket is not None:
             wanted |= part.bucket.sizes
         feed = [
-            _shaped(array, declared["shape"], rows, wanted)
+            shaped(array, declared["shape"], rows, wanted)
             for array, declared in zip(inputs, self.held.inputs.values(), strict=True)
         ]
         found = self._runner(part.bucket).run(feed)
         pairs = zip(found, self.held.outputs, strict=True)
-        return [_cut(array, dims, real) for array, dims in pairs]
+        return [cut(array, dims, real) for array, dims in pairs]
 
     def _runner(self, bucket: Bucket | None) -> Runner:
         key = bucket.name if bucket else ""
@@ -359,46 +360,3 @@ def check_sizes(held: Buckets, sizes: Sizes) -> None:
 
 def _longest(needs: Sequence[Need]) -> Need:
     return tuple(map(max, zip(*needs, strict=True)))
-
-
-# arrays ---------------------------------------------------------------------------------------
-
-
-def _shaped(array: Array, shape: Sequence[Any], rows: Array | None, wanted: Sizes) -> Array:
-    """Some samples of an input, cut and padded: zeros, and the last sample again."""
-    if rows is not None and BATCH in shape:
-        array = array.take(rows, axis=shape.index(BATCH))
-    target = tuple(wanted[size] if isinstance(size, str) else size for size in shape)
-    if array.shape == target:
-        return array
-    kept = tuple(map(min, zip(array.shape, target, strict=True)))
-    part = tuple(map(slice, kept))
-    made = np.zeros(target, array.dtype)
-    made[part] = array[part]
-    if BATCH in shape:
-        axis = shape.index(BATCH)
-        if kept[axis] < target[axis]:
-            above = (slice(None),) * axis
-            made[*above, kept[axis] :] = made[*above, kept[axis] - 1 : kept[axis]]
-    return made
-
-
-def _cut(array: Array, dims: Mapping[int, str], sizes: Sizes) -> Array:
-    """An output without what padding added."""
-    if all(array.shape[dim] == sizes[name] for dim, name in dims.items()):
-        return array
-    return array[tuple(slice(sizes.get(dims.get(dim, ""))) for dim in range(array.ndim))]
-
-
-def _axis(dims: Mapping[int, str]) -> int:
-    return next(dim for dim, name in dims.items() if name == BATCH)
-
-
-def _joined(parts: Sequence[Array], rows: Sequence[Array], axis: int) -> Array:
-    """Samples of several parts, back at their places."""
-    shape = list(parts[0].shape)
-    shape[axis] = sum(map(len, rows))
-    made = np.empty(shape, parts[0].dtype)
-    for part, row in zip(parts, rows, strict=True):
-        made[(slice(None),) * axis + (row,)] = part
-    return made
