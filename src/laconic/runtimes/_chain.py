@@ -2,8 +2,8 @@
 
 `NAME.RUNTIME.chain` is JSON: the plan, and the file of each piece, which lies beside it and is an
 ordinary file of that runtime. Between pieces NumPy picks the rows that go on. A batch of one goes
-from piece to piece without a copy. Branches inside one graph
-are the other way (`_branches.py`): a batch takes them as a whole.
+from piece to piece without a copy. Branches inside one graph are the other way (`_branches.py`): a
+batch takes them as a whole.
 
 OpenVINO compiles per shape. Where the batch is known, its pieces are compiled for a few batch
 sizes, when one is first needed, and rows are padded to the next of them; where it is not, they
