@@ -47,6 +47,7 @@ BEGINNINGS: dict[str, dict[str, Any]] = {
     "late": {"layers": [1, 3, 5], "select": "leading"},
     "first": {"layers": [0, 1, 2], "select": "leading"},
     "fitted": {"layers": list(LAYERS), "select": "fitted"},
+    "fitted_late": {"layers": [1, 3, 5], "select": "fitted"},
 }
 RATES = (5e-4, 2e-3)
 PROBED = 20_000  # training sentences of the linear probe
