@@ -91,7 +91,8 @@ def test_a_supernet_taken_up_again_is_the_uninterrupted_one(program, context, tm
     ],
     ids=lambda more: "-".join(map(str, more.values())),
 )
-def test_every_strategy_keeps_the_budget_and_repeats_itself(program, context, more):
+def test_every_strategy_keeps_the_budget_and_repeats_itself(program, context, more, tmp_path):
+    context = replace(context, workdir=tmp_path)  # the second search asks for nothing anew
     method = Search(**{"trials": 6, **FEW, "macs": 0.4, **more})
     got = method.apply(program, Sites(), context)
     assert got.figures["macs"][1] == cost(got.program).macs <= 0.4 * cost(program).macs
@@ -104,6 +105,7 @@ def test_every_strategy_keeps_the_budget_and_repeats_itself(program, context, mo
         )
     again = method.apply(program, Sites(), context)
     assert again.resolved["member"] == got.resolved["member"]
+    assert again.figures["evaluated"] == 0
 
 
 def test_a_space_without_a_member_within_the_budget_is_refused(program, context):

@@ -119,7 +119,7 @@ class Judge:
 
     def score(self, program: Program, share: float = 1.0) -> float:
         """The score of a Program, whose batch norms are measured anew in place."""
-        program.to(self._device)
+        _move(program, self._device)
         self.recalibrate(program)
         samples = max(round(self._validation * share), 1)
         if not self.labelled:
@@ -138,13 +138,23 @@ class Judge:
         return score * self._task.scale * (1 if self._task.higher_is_better else -1)
 
     def recalibrate(self, program: Program) -> None:
-        """Measure the batch norms of a sub-network, if it has any."""
+        """Measure the batch norms of a sub-network, if it has any; it stays where it is."""
         if not norms(program):
             return
+        home = _move(program, self._device)
         most = min(self._samples, affordable(program))
         batches: list[Flat] = list(Batches(program, self._task, most, self._device, _BATCH))
         with torch.no_grad(), autocast(self._device, self._precision):
             recalibrate(program, batches)
+        _move(program, home)
+
+
+def _move(program: Program, device: torch.device) -> torch.device:
+    """Bring a program to a device; where it was."""
+    home = next((tensor.device for _, tensor in program.tensors()), device)
+    if home != device:
+        program.to(device)
+    return home
 
 
 def _first(task: Task, samples: int) -> Loader:

@@ -228,11 +228,12 @@ class _Hunt:
         context = self.context
         timer = Stopwatch(context.runtime, context.threads)
         key = f"latency {context.runtime} {context.threads}"
+        held = self.kept.get(key)
         clock = Milliseconds(
-            self.elastic, self.order, self.space, timer,
-            held=self.kept.get(key), progress=context.progress,
-        )  # fmt: skip
-        self.kept.put(key, clock.plain())
+            self.elastic, self.order, self.space, timer, held=held, progress=context.progress
+        )
+        if held is None:
+            self.kept.put(key, clock.plain())
         self.notes += clock.notes
         return clock
 
