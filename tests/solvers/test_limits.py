@@ -25,10 +25,11 @@ class Reader(nn.Module):
 
 
 @pytest.mark.parametrize(("first", "cut"), [(0, False), (2, False), (0, True)])
-def test_the_last_position_is_the_limit(first, cut):
+def test_the_last_position_is_the_limit(first, cut, caplog):
     ids = torch.randint(0, 60, (2, 5))
     program = capture(Reader(first, cut).eval(), (ids,), dynamic=("batch", "sequence"))
     assert find_limits(program, {"batch": 1, "sequence": 1}) == {"sequence": 24 - first}
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_without_a_table_there_is_no_limit():

@@ -6,6 +6,7 @@ themselves. Sizes around those are tried without running the network: shapes by 
 and what depends on nothing but the size (positions, and what they look up) for real.
 """
 
+import logging
 from collections.abc import Mapping
 
 from laconic.core.errors import LaconicError
@@ -54,8 +55,13 @@ def _lengths(program: Program) -> list[int]:
 
 
 def _takes(program: Program, sizes: Mapping[str, int]) -> bool:
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # tells of every refusal
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
         fold_constants(specialize(program, sizes), parameters=True)
     except _REFUSALS:
         return False
+    finally:
+        log.setLevel(level)
     return True
