@@ -27,7 +27,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.runtimes.base import Precision
 from laconic.runtimes.openvino import OpenVino
-from laconic.solvers.stopwatch import Timer
+from laconic.solvers.search.stopwatch import Timer
 
 Call = Callable[[], object]
 

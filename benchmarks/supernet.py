@@ -5,7 +5,8 @@ best sub-network under each of nine budgets from 0.2 to 1 of the multiply-adds, 
 weights, chosen on the validation rows. `alone_*`: three of them trained alone for the same time,
 from random weights and from the same slices of the original. `latency_*`: searches under measured
 latency, timed. `cells`: cell networks made from nothing, what a search found over random ones of
-equal cost (see `solvers/cells.py`). `test`: everything on the rows that nothing was chosen on.
+equal cost (see `solvers/search/cells.py`). `test`: everything on the rows that nothing was
+chosen on.
 
     python -m benchmarks.supernet [--minutes 50] [--cell-steps 400] [--only supernet] [--quick]
 """
@@ -27,9 +28,10 @@ from laconic.methods.base import Context, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import cells, ranking
-from laconic.solvers.elastic import Elastic, declare
-from laconic.solvers.search_space import Space
+from laconic.solvers.channels import ranking
+from laconic.solvers.search import cells
+from laconic.solvers.search.elastic import Elastic, declare
+from laconic.solvers.search.search_space import Space
 from laconic.storage import save
 
 MINUTES = 50.0

@@ -35,8 +35,8 @@ from laconic.program import members
 from laconic.program.capture import capture
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
-from laconic.solvers import together
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization.weight_sites import weight_sites
+from laconic.solvers.sharing import together
 from laconic.storage import predict
 from laconic.training.plan import computes_bf16
 

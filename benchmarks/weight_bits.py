@@ -23,8 +23,8 @@ from benchmarks.stages import Stages, apply
 from laconic.methods.base import Outcome
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
-from laconic.solvers.folding import fold_batch_norms
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.layers.folding import fold_batch_norms
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.storage import predict
 
 DEPTHS, BITS = (20, 56), (4, 3, 2)

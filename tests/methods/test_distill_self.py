@@ -10,7 +10,7 @@ from laconic.methods.base import Context, method_class
 from laconic.methods.distill.self import SelfTaught
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers.earlier import Earlier
+from laconic.solvers.teaching.earlier import Earlier
 from laconic.training.plan import Plan
 
 SHORT = {"steps": 6, "precision": "fp32", "evaluations": 2}

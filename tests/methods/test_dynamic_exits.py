@@ -15,8 +15,8 @@ from laconic.program import chain
 from laconic.program.capture import capture
 from laconic.program.choices import choices
 from laconic.program.sites import Sites
-from laconic.solvers import exits
-from laconic.solvers.confidence import NEVER
+from laconic.solvers.dynamic import exits
+from laconic.solvers.dynamic.confidence import NEVER
 
 SIZE, CLASSES = 12, 3
 

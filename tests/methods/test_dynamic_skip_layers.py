@@ -13,8 +13,9 @@ from laconic.methods.dynamic.skip_layers import SkipLayers
 from laconic.program.capture import capture
 from laconic.program.chain import split
 from laconic.program.sites import Sites
-from laconic.solvers import branch_removal, gates
-from laconic.solvers.residual import branches
+from laconic.solvers.dynamic import gates
+from laconic.solvers.layers import branch_removal
+from laconic.solvers.layers.residual import branches
 from laconic.testing import contracts, zoo
 
 TOKENS = 6

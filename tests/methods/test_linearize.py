@@ -9,7 +9,7 @@ from laconic.methods.base import Context
 from laconic.methods.simplify.linearize import Linearize
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers.activations import LinearFit, activations, linearise
+from laconic.solvers.layers.activations import LinearFit, activations, linearise
 from laconic.testing import contracts, zoo
 from laconic.testing.contracts import outputs, own_outputs
 

@@ -12,7 +12,7 @@ from laconic.program import axes
 from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
-from laconic.solvers import intervals
+from laconic.solvers.layers import intervals
 from laconic.testing import zoo
 
 EPS = torch.finfo(torch.float32).eps

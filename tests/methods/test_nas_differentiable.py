@@ -10,9 +10,9 @@ from laconic.methods.nas.differentiable import Differentiable
 from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.sites import Sites
-from laconic.solvers.elastic import Elastic, declare
-from laconic.solvers.member_costs import Prices
-from laconic.solvers.relaxation import Relaxation
+from laconic.solvers.search.elastic import Elastic, declare
+from laconic.solvers.search.member_costs import Prices
+from laconic.solvers.search.relaxation import Relaxation
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
 

@@ -17,7 +17,7 @@ from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
-from laconic.solvers import channel_block
+from laconic.solvers.channels import channel_block
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
 from laconic.testing.masked import masked

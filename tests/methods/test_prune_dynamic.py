@@ -17,8 +17,8 @@ from laconic.program.groups import groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.program.surgery import sliced
-from laconic.solvers.activity import Activity
-from laconic.solvers.shedding import Timetable
+from laconic.solvers.channels.activity import Activity
+from laconic.solvers.channels.shedding import Timetable
 from laconic.testing import zoo
 from laconic.training.loop import Loss
 

@@ -18,8 +18,8 @@ from laconic.program.groups import groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
-from laconic.solvers import proximal
-from laconic.solvers.fading import FadingGroups, left
+from laconic.solvers.channels import proximal
+from laconic.solvers.channels.fading import FadingGroups, left
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
 

@@ -21,7 +21,7 @@ from laconic.methods.quantize.static import QuantizeStatic
 from laconic.program.capture import capture
 from laconic.program.freezing import is_frozen
 from laconic.program.sites import Sites
-from laconic.solvers.rewinding import Snapshot, levels
+from laconic.solvers.teaching.rewinding import Snapshot, levels
 
 TRAINING = {"steps": 5, "evaluations": 2, "precision": "fp32", "teacher": "torch"}
 SHORT = {**TRAINING, "ratio": 0.6, "each": 0.4}

@@ -10,8 +10,8 @@ from laconic.methods.quantize.hqq import Hqq
 from laconic.program.capture import capture
 from laconic.program.freezing import form_of
 from laconic.program.sites import Sites
-from laconic.solvers.salience import places, protect
-from laconic.solvers.weight_rounding import GridOptions, opened
+from laconic.solvers.quantization.salience import places, protect
+from laconic.solvers.quantization.weight_rounding import GridOptions, opened
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
 

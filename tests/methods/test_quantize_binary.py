@@ -18,9 +18,9 @@ from laconic.program.freezing import form_of, freeze, is_frozen
 from laconic.program.normalize import base_name
 from laconic.program.program import FAKE_LEVELS
 from laconic.program.sites import Sites
-from laconic.solvers import binary_layers
-from laconic.solvers.binary_grids import BinaryGrids
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import binary_layers
+from laconic.solvers.quantization.binary_grids import BinaryGrids
+from laconic.solvers.quantization.weight_sites import weight_sites
 
 SHORT = {
     "steps": 8, "evaluations": 2, "precision": "fp32", "teacher": "torch", "samples": 16,

@@ -10,7 +10,7 @@ from laconic.methods.base import Context
 from laconic.methods.quantize.equalize import QuantizeEqualize
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers.ranges import on_grid, weight_grid
+from laconic.solvers.quantization.ranges import on_grid, weight_grid
 from laconic.testing import zoo
 
 EPS = torch.finfo(torch.float32).eps

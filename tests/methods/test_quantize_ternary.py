@@ -12,8 +12,8 @@ from laconic.methods.quantize.train import QuantizeTrain
 from laconic.program.capture import capture
 from laconic.program.freezing import form_of
 from laconic.program.sites import Sites
-from laconic.solvers import ternary_layers
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import ternary_layers
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.testing.contracts import own_outputs
 
 SHORT = {"steps": 6, "evaluations": 2, "precision": "fp32", "teacher": "torch", "bits": 2,

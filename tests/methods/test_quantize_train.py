@@ -17,10 +17,10 @@ from laconic.program.capture import capture
 from laconic.program.freezing import form_of, freeze, is_frozen
 from laconic.program.program import FAKE_QUANTIZE
 from laconic.program.sites import Sites
-from laconic.solvers import learned_steps, placement, ranges
-from laconic.solvers.learned_grids import Course, LearnedGrids
-from laconic.solvers.oscillation import OnGrid, Oscillation
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import learned_steps, placement, ranges
+from laconic.solvers.quantization.learned_grids import Course, LearnedGrids
+from laconic.solvers.quantization.oscillation import OnGrid, Oscillation
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.training.plan import Plan
 
 SHORT = {

@@ -12,8 +12,8 @@ from laconic.program.capture import capture
 from laconic.program.freezing import freeze
 from laconic.program.program import FAKE_QUANTIZE
 from laconic.program.sites import Sites
-from laconic.solvers import integer_front
-from laconic.solvers.integer_units import units, without
+from laconic.solvers.quantization import integer_front
+from laconic.solvers.quantization.integer_units import units, without
 from laconic.testing.contracts import own_outputs
 
 SAVES = (3.0, -1.0, 0.0, 2.0)

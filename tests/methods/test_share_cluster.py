@@ -18,7 +18,7 @@ from laconic.program.program import LOOKUP
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
 from laconic.runtimes._export import lower_weights
-from laconic.solvers import kmeans
+from laconic.solvers.sharing import kmeans
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
 from laconic.testing.masked import masked
@@ -148,7 +148,7 @@ def test_weighting_lowers_the_weighted_error(weighted):
     plain = Cluster(bits=2).apply(program, Sites(), context)
     method = Cluster(bits=2, weighted=weighted, samples=8)
     weighed = method.apply(program, Sites(), context)
-    from laconic.solvers import curvature
+    from laconic.solvers.weights import curvature
     from laconic.statistics.batches import Batches
     from laconic.statistics.gradients import sampled_loss
 

@@ -22,7 +22,8 @@ from laconic.program.groups import groups
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
 from laconic.runtimes._export import lower_weights
-from laconic.solvers import curvature, together
+from laconic.solvers.sharing import together
+from laconic.solvers.weights import curvature
 from laconic.testing import contracts
 from laconic.testing.contracts import Case, own_outputs
 from laconic.testing.masked import masked

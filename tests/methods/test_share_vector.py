@@ -19,7 +19,7 @@ from laconic.program.groups import groups
 from laconic.program.program import VECTORS
 from laconic.program.sites import Sites
 from laconic.runtimes._export import lower_weights
-from laconic.solvers import vector_kmeans
+from laconic.solvers.sharing import vector_kmeans
 from laconic.testing.contracts import own_outputs
 
 

@@ -10,7 +10,7 @@ from laconic.methods.base import Context
 from laconic.methods.transfer.features import TransferFeatures
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers import heads, probes
+from laconic.solvers.teaching import heads, probes
 from laconic.testing import zoo
 
 EPS = torch.finfo(torch.float32).eps

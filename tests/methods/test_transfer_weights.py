@@ -13,7 +13,7 @@ from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
-from laconic.solvers import depth
+from laconic.solvers.layers import depth
 from laconic.testing import zoo
 
 EPS = torch.finfo(torch.float32).eps
@@ -267,7 +267,7 @@ def test_a_smaller_kernel_is_the_middle_of_the_larger():
 
     program = capture(zoo.shake(net(5), 1), (torch.randn(2, 2, 4, 4),))
     tensor = program.tensor("0.weight")
-    from laconic.solvers.slices import cropped  # noqa: PLC0415
+    from laconic.solvers.channels.slices import cropped  # noqa: PLC0415
 
     assert torch.equal(cropped(tensor, (4, 2, 3, 3)), tensor[:, :, 1:4, 1:4])
     assert cropped(tensor, (5, 2, 3, 3)) is None

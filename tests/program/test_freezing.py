@@ -9,8 +9,8 @@ from laconic.forms.dense import Dense
 from laconic.program.capture import capture
 from laconic.program.freezing import form_of, freeze, is_frozen, thaw
 from laconic.program.program import DEQUANTIZE, FAKE_QUANTIZE
-from laconic.solvers import insertion, ranges
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import insertion, ranges
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.testing import zoo
 
 

@@ -15,8 +15,8 @@ from laconic.program.freezing import form_of, freeze, is_frozen, plain, thaw
 from laconic.program.groups import groups
 from laconic.program.program import FAKES, LEVELS
 from laconic.program.surgery import cut
-from laconic.solvers import insertion, ranges
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import insertion, ranges
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.testing import zoo
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from laconic.core.errors import DataError
 from laconic.program.capture import capture
 from laconic.program.specialize import dimensions, shapes_of, specialize
-from laconic.solvers.constants import drop_identities, fold_constants, operators
+from laconic.solvers.layers.constants import drop_identities, fold_constants, operators
 
 
 class Decoder(nn.Module):

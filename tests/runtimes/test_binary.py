@@ -18,8 +18,8 @@ from laconic.runtimes._binary import BinaryLayer
 from laconic.runtimes._binary_graph import replace_binary
 from laconic.runtimes._export import lower_weights
 from laconic.runtimes.inductor import Inductor
-from laconic.solvers import insertion, placement
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import insertion, placement
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.testing import zoo
 
 # batch, channels, height, width, outputs, kernel, stride, padding

@@ -13,8 +13,8 @@ from laconic.program.freezing import freeze, thaw
 from laconic.program.program import Program
 from laconic.runtimes.base import Runtime
 from laconic.runtimes.inductor import _exported
-from laconic.solvers import insertion, placement, ranges
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization import insertion, placement, ranges
+from laconic.solvers.quantization.weight_sites import weight_sites
 
 RUNTIMES = ["onnxruntime", "openvino"]
 

@@ -9,8 +9,8 @@ from laconic.program.capture import capture
 from laconic.program.cost import CostModel, cost
 from laconic.program.groups import groups
 from laconic.program.surgery import cut
-from laconic.solvers.allocate import Costs, allocate, choice, index_block
-from laconic.solvers.elimination import Removal, by_score
+from laconic.solvers.channels.allocate import Costs, allocate, choice, index_block
+from laconic.solvers.weights.elimination import Removal, by_score
 from laconic.testing import zoo
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from laconic.core.errors import DataError
-from laconic.solvers.buckets import Curve, choose
+from laconic.solvers.dynamic.buckets import Curve, choose
 
 
 def _cost(weights, fixed, free, each, sizes):

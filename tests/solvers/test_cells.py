@@ -5,7 +5,7 @@ import torch
 
 from laconic.core.task import classification
 from laconic.program.cost import cost
-from laconic.solvers import cells
+from laconic.solvers.search import cells
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 
 from laconic.core.errors import RecipeError
-from laconic.solvers.channel_block import STEPS, WIDTH, measured, preferred
+from laconic.solvers.channels.channel_block import STEPS, WIDTH, measured, preferred
 
 FLAT = dict.fromkeys([WIDTH, *(WIDTH - step for step in STEPS)], 1.0)
 

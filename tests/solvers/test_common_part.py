@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laconic.solvers.common_part import whole_steps
+from laconic.solvers.sharing.common_part import whole_steps
 
 
 def entropy(codes):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from laconic.program.capture import capture
 from laconic.program.surgery import cut
-from laconic.solvers.compensate import compensate, drift
+from laconic.solvers.channels.compensate import compensate, drift
 from laconic.solvers.recalibrate import norms, recalibrate
 from laconic.statistics.convoy import affordable, sample_bytes
 from laconic.testing import zoo

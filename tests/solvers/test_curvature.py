@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from laconic.program.capture import capture
-from laconic.solvers import curvature
+from laconic.solvers.weights import curvature
 
 
 class Net(nn.Module):

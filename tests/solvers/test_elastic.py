@@ -11,12 +11,13 @@ from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
-from laconic.solvers import branch_removal, ranking
-from laconic.solvers.elastic import Elastic, declare
-from laconic.solvers.member_costs import Prices
-from laconic.solvers.residual import branches
-from laconic.solvers.sandwich import Slice, opened
-from laconic.solvers.search_space import Knob, Space
+from laconic.solvers.channels import ranking
+from laconic.solvers.layers import branch_removal
+from laconic.solvers.layers.residual import branches
+from laconic.solvers.search.elastic import Elastic, declare
+from laconic.solvers.search.member_costs import Prices
+from laconic.solvers.search.sandwich import Slice, opened
+from laconic.solvers.search.search_space import Knob, Space
 from laconic.testing import zoo
 
 WISHES = {"width:*": [1.0, 0.75, 0.5], "depth:*": [1.0, 0.5, 0], "kernel:*": [5, 3, 1]}

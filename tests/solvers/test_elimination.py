@@ -1,6 +1,6 @@
 import torch
 
-from laconic.solvers.elimination import Consumer, by_score, eliminate
+from laconic.solvers.weights.elimination import Consumer, by_score, eliminate
 from laconic.statistics.gram import Gram
 
 

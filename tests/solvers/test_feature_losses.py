@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laconic.solvers import feature_losses as inner
+from laconic.solvers.teaching import feature_losses as inner
 
 EPS = torch.finfo(torch.float32).eps
 

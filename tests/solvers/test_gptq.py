@@ -5,8 +5,16 @@ import itertools
 import pytest
 import torch
 
-from laconic.solvers.gptq import Steps, best_factors, costs, descended, fed_back, rescaled, rounded
-from laconic.solvers.obs_weights import Rows
+from laconic.solvers.quantization.gptq import (
+    Steps,
+    best_factors,
+    costs,
+    descended,
+    fed_back,
+    rescaled,
+    rounded,
+)
+from laconic.solvers.weights.obs_weights import Rows
 
 
 def problem(rows=5, columns=6, seed=0, *, rank=None, diagonal=False):

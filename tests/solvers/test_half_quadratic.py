@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from laconic.solvers import ranges
-from laconic.solvers.half_quadratic import error, half_quadratic
+from laconic.solvers.quantization import ranges
+from laconic.solvers.quantization.half_quadratic import error, half_quadratic
 
 
 def weights(shape=(6, 40), seed=0):

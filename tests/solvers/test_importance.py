@@ -11,7 +11,7 @@ from laconic.core import registry
 from laconic.core.errors import DataError, RecipeError
 from laconic.program.capture import capture
 from laconic.program.groups import groups
-from laconic.solvers import selection
+from laconic.solvers.channels import selection
 from laconic.solvers.importance.base import Scene
 from laconic.testing import zoo
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from laconic.core.errors import DataError
-from laconic.solvers import kmeans
+from laconic.solvers.sharing import kmeans
 
 
 def drawn(count, seed=0):

@@ -3,7 +3,7 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laconic.solvers.knapsack import choose, hull
+from laconic.solvers.search.knapsack import choose, hull
 
 option = st.tuples(st.integers(0, 30), st.integers(0, 30).map(float))
 items = st.lists(st.lists(option, min_size=1, max_size=5), min_size=1, max_size=4)

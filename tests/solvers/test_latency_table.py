@@ -13,10 +13,10 @@ from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.groups import groups
 from laconic.program.surgery import cut
-from laconic.solvers import latency_budget
-from laconic.solvers.allocate import choice
-from laconic.solvers.elimination import Removal
-from laconic.solvers.latency_table import interpolate, measure, probe
+from laconic.solvers.channels.allocate import choice
+from laconic.solvers.search import latency_budget
+from laconic.solvers.search.latency_table import interpolate, measure, probe
+from laconic.solvers.weights.elimination import Removal
 from laconic.testing import zoo
 
 BLOCK = 8

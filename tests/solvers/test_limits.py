@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laconic.program.capture import capture
-from laconic.solvers.limits import find_limits
+from laconic.solvers.dynamic.limits import find_limits
 
 
 class Reader(nn.Module):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from laconic.solvers import low_rank, ranks
-from laconic.solvers.low_rank import Shape
+from laconic.solvers.sharing import low_rank, ranks
+from laconic.solvers.sharing.low_rank import Shape
 
 KERNELS = {"channel": (3, 3), "spatial": (3, 5), "tucker2": (3, 3), "cp": (3, 5)}
 

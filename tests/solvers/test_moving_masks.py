@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from laconic.program.capture import capture
-from laconic.solvers.moving_masks import MovingMasks, Rule
-from laconic.solvers.sparsity_ramp import Ramp
-from laconic.solvers.weight_masks import Amount
+from laconic.solvers.weights.moving_masks import MovingMasks, Rule
+from laconic.solvers.weights.sparsity_ramp import Ramp
+from laconic.solvers.weights.weight_masks import Amount
 from laconic.training.optimizers import forget
 from laconic.training.plan import Plan
 

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from laconic.solvers.obs_weights import Rows, Wanted, exact, onto, prune, sweep
-from laconic.solvers.weight_masks import highest, patterned
+from laconic.solvers.weights.obs_weights import Rows, Wanted, exact, onto, prune, sweep
+from laconic.solvers.weights.weight_masks import highest, patterned
 
 
 def problem(rows=4, columns=6, seed=0, **changes):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laconic.solvers import orthogonal
+from laconic.solvers.quantization import orthogonal
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64, sums of at most a few hundred products
 

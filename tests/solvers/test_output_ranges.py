@@ -11,7 +11,7 @@ from laconic.methods.quantize.static import QuantizeStatic
 from laconic.methods.quantize.weights import QuantizeWeights
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers import output_ranges, ranges
+from laconic.solvers.quantization import output_ranges, ranges
 from laconic.testing.contracts import own_outputs
 
 

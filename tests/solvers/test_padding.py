@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from laconic.program.capture import capture
-from laconic.solvers.padding import find_padding
+from laconic.solvers.dynamic.padding import find_padding
 
 
 class Encoder(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from laconic.core.errors import DataError, RecipeError
 from laconic.forms import levels
 from laconic.forms._sides import spread
-from laconic.solvers import ranges
+from laconic.solvers.quantization import ranges
 
 RULES = ["minmax", "percentile", "mse", "entropy"]
 

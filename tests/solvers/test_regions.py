@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laconic.program.capture import capture
-from laconic.solvers.regions import MOST, regions, run
+from laconic.solvers.quantization.regions import MOST, regions, run
 from laconic.statistics.layers import layers
 from laconic.statistics.walk import Order, Walk
 from laconic.testing import zoo

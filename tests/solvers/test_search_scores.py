@@ -8,10 +8,10 @@ from torch import nn
 
 from laconic.core.errors import BudgetError
 from laconic.program.capture import capture
-from laconic.solvers import proxies
-from laconic.solvers.score_model import ScoreModel
-from laconic.solvers.search_space import Knob, Space
-from laconic.solvers.strategies import Evolution, Random, Within
+from laconic.solvers.search import proxies
+from laconic.solvers.search.score_model import ScoreModel
+from laconic.solvers.search.search_space import Knob, Space
+from laconic.solvers.search.strategies import Evolution, Random, Within
 
 SPACE = Space(tuple(Knob("width", str(i), (8, 6, 4, 2)) for i in range(6)))
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from laconic.program.capture import capture
 from laconic.program.groups import groups
+from laconic.solvers.channels.selection import Wish, select
 from laconic.solvers.importance.base import Scene
-from laconic.solvers.selection import Wish, select
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.6, 0.7, 0.8])

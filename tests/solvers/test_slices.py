@@ -8,8 +8,8 @@ from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
-from laconic.solvers import slices
-from laconic.solvers.elimination import by_score
+from laconic.solvers.channels import slices
+from laconic.solvers.weights.elimination import by_score
 from laconic.testing import zoo
 
 MODELS = ["plain_cnn", "padded_shortcut", "densenet", "fused_split", "per_head", "tied_autoencoder"]

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from laconic.forms import affine
-from laconic.solvers import ranges
-from laconic.solvers.soft_rounding import SoftWeight
+from laconic.solvers.quantization import ranges
+from laconic.solvers.quantization.soft_rounding import SoftWeight
 
 
 def made(way, *, group=None, axis=0, bits=3, **options):

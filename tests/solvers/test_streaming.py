@@ -10,9 +10,9 @@ from laconic.methods.base import Context, method_class
 from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
-from laconic.solvers import obs_layers
 from laconic.solvers.importance import obs
 from laconic.solvers.importance.base import Scene
+from laconic.solvers.weights import obs_layers
 from laconic.statistics.gram import Gram
 from laconic.testing.contracts import own_outputs
 

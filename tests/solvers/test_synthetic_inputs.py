@@ -10,8 +10,8 @@ from laconic.methods.base import Context
 from laconic.methods.distill.logits import Logits
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers.learning import Course
-from laconic.solvers.synthetic_inputs import Drawing
+from laconic.solvers.teaching.learning import Course
+from laconic.solvers.teaching.synthetic_inputs import Drawing
 
 SHORT = {"precision": "fp32", "evaluations": 1, "teacher": "torch", "data": "synthetic"}
 

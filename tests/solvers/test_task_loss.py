@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from laconic.core.errors import DataError
 from laconic.core.task import classification, embedding
 from laconic.program.capture import capture
-from laconic.solvers.task_loss import TaskLoss
+from laconic.solvers.teaching.task_loss import TaskLoss
 
 CPU = torch.device("cpu")
 

@@ -9,8 +9,14 @@ from torch.nn import functional as F
 from laconic.core.errors import DataError
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
-from laconic.solvers import weight_scores
-from laconic.solvers.weight_masks import Amount, Pruning, highest, highest_in_rows, patterned
+from laconic.solvers.weights import weight_scores
+from laconic.solvers.weights.weight_masks import (
+    Amount,
+    Pruning,
+    highest,
+    highest_in_rows,
+    patterned,
+)
 from laconic.statistics.layers import layers
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from laconic.engine.buckets import Sizes
 from laconic.runtimes.base import Array
-from laconic.solvers.padding import BATCH
+from laconic.solvers.dynamic.padding import BATCH
 
 
 def shaped(array: Array, shape: Sequence[Any], rows: Array | None, wanted: Sizes) -> Array:

@@ -30,10 +30,10 @@ from laconic.program.signature import Signature
 from laconic.program.specialize import specialize
 from laconic.runtimes.base import Array, Precision, Runner, cores
 from laconic.runtimes.openvino import COMPILED, OpenVino
-from laconic.solvers.buckets import Curve
-from laconic.solvers.constants import drop_identities, fold_constants
-from laconic.solvers.folding import fold_batch_norms
-from laconic.solvers.padding import BATCH
+from laconic.solvers.dynamic.buckets import Curve
+from laconic.solvers.dynamic.padding import BATCH
+from laconic.solvers.layers.constants import drop_identities, fold_constants
+from laconic.solvers.layers.folding import fold_batch_norms
 
 SUFFIX = ".buckets"
 BRIEF = latency.Plan(rounds=3, seconds=0.05, rest=0.02, repeats=6)

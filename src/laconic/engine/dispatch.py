@@ -38,7 +38,7 @@ from laconic.engine.buckets import (
 )
 from laconic.engine.files import NAME
 from laconic.runtimes.base import Array, Model, Runner
-from laconic.solvers.padding import BATCH
+from laconic.solvers.dynamic.padding import BATCH
 
 _PLANS = 4096  # plans that are remembered
 Need = tuple[int, ...]

@@ -2,8 +2,8 @@
 
 A sample of real shapes tells how often each comes; a few of them, compiled and timed against the
 file for any shape, tell what a call costs in both. From that the shapes to compile for are chosen
-so that the whole sample costs least (`solvers.buckets`), with padding only where it changes
-nothing (`solvers.padding`). Every file is compared with the Program before it is kept.
+so that the whole sample costs least (`solvers.dynamic.buckets`), with padding only where it changes
+nothing (`solvers.dynamic.padding`). Every file is compared with the Program before it is kept.
 """
 
 import math
@@ -44,9 +44,9 @@ from laconic.program.program import Program
 from laconic.program.signature import rebuild
 from laconic.program.specialize import check_names, dimensions, resized
 from laconic.runtimes.base import Precision, Runner
-from laconic.solvers.buckets import choose
-from laconic.solvers.limits import find_limits
-from laconic.solvers.padding import BATCH, Padding, find_padding
+from laconic.solvers.dynamic.buckets import choose
+from laconic.solvers.dynamic.limits import find_limits
+from laconic.solvers.dynamic.padding import BATCH, Padding, find_padding
 
 Shape: TypeAlias = int | Sequence[int] | Mapping[str, int]
 _PROBES = 4  # shapes that are timed before any is chosen

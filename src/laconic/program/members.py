@@ -1,8 +1,8 @@
 """Several models in one Program: their names, the choice among them, and each one alone.
 
 Models of one graph are stored together as rows below each other, and `laconic.member` nodes pick
-those of the chosen one (`solvers/together.py` puts them there). The choice is an argument in the
-graph, so that cloning, storage and training know nothing of it.
+those of the chosen one (`solvers/sharing/together.py` puts them there). The choice is an argument
+in the graph, so that cloning, storage and training know nothing of it.
 """
 
 from typing import Any

@@ -2,7 +2,7 @@
 
 A Program whose sizes are fixed needs no `sym_size` and no arithmetic on sizes, and what was built
 from them (positions, causal masks) depends on nothing but stored tensors any more: it can be
-computed once (`solvers.constants`).
+computed once (`solvers.layers.constants`).
 """
 
 from collections.abc import Mapping, Sequence

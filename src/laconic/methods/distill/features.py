@@ -39,11 +39,11 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import feature_losses
-from laconic.solvers.attentions import Attention, attentions
-from laconic.solvers.beside import Beside, beside
-from laconic.solvers.learning import Course, Inside, trainable
-from laconic.solvers.synthetic_inputs import DataFree
+from laconic.solvers.layers.attentions import Attention, attentions
+from laconic.solvers.teaching import feature_losses
+from laconic.solvers.teaching.beside import Beside, beside
+from laconic.solvers.teaching.learning import Course, Inside, trainable
+from laconic.solvers.teaching.synthetic_inputs import DataFree
 from laconic.training import losses
 from laconic.training.feed import mixed
 from laconic.training.taps import Alike, matched

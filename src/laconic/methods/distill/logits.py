@@ -25,8 +25,8 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.learning import trainable
-from laconic.solvers.synthetic_inputs import DataFree
+from laconic.solvers.teaching.learning import trainable
+from laconic.solvers.teaching.synthetic_inputs import DataFree
 
 
 class Logits(DataFree, Method):

@@ -33,11 +33,11 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.auxiliary_heads import Heads, heads_on
-from laconic.solvers.beside import beside
-from laconic.solvers.earlier import Earlier
-from laconic.solvers.held_out import figures_of, score_of
-from laconic.solvers.learning import Course, only, trainable
+from laconic.solvers.teaching.auxiliary_heads import Heads, heads_on
+from laconic.solvers.teaching.beside import beside
+from laconic.solvers.teaching.earlier import Earlier
+from laconic.solvers.teaching.held_out import figures_of, score_of
+from laconic.solvers.teaching.learning import Course, only, trainable
 from laconic.statistics.batches import check_inputs, count, flat_inputs, padding_mask
 from laconic.training import losses
 from laconic.training.attendant import Attendant

@@ -33,10 +33,10 @@ from laconic.program.cost import cost
 from laconic.program.members import alone
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import confidence
-from laconic.solvers.answers import classes_of, figures_of, judged, why_none
-from laconic.solvers.confidence import Measure
-from laconic.solvers.grafting import graft
+from laconic.solvers.dynamic import confidence
+from laconic.solvers.dynamic.answers import classes_of, figures_of, judged, why_none
+from laconic.solvers.dynamic.confidence import Measure
+from laconic.solvers.layers.grafting import graft
 
 
 class Cascade(Method):

@@ -37,12 +37,12 @@ from laconic.program.cost import cost
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import confidence, exits
-from laconic.solvers.answers import classes_of, figures_of, judged, why_none
-from laconic.solvers.confidence import NEVER, Answers, Measure
-from laconic.solvers.exit_training import train_along, train_heads
-from laconic.solvers.exits import Place
-from laconic.solvers.learning import Course
+from laconic.solvers.dynamic import confidence, exits
+from laconic.solvers.dynamic.answers import classes_of, figures_of, judged, why_none
+from laconic.solvers.dynamic.confidence import NEVER, Answers, Measure
+from laconic.solvers.dynamic.exit_training import train_along, train_heads
+from laconic.solvers.dynamic.exits import Place
+from laconic.solvers.teaching.learning import Course
 from laconic.training.loop import Trained
 from laconic.training.plan import Plan
 

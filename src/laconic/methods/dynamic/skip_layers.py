@@ -33,10 +33,10 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import gates
-from laconic.solvers.gates import Gate, LastState, Spending
-from laconic.solvers.learning import Course, Learning, trainable
-from laconic.solvers.residual import branches
+from laconic.solvers.dynamic import gates
+from laconic.solvers.dynamic.gates import Gate, LastState, Spending
+from laconic.solvers.layers.residual import branches
+from laconic.solvers.teaching.learning import Course, Learning, trainable
 from laconic.statistics.batches import Batches, Flat
 from laconic.training.taps import tapped
 

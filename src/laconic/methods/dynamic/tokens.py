@@ -34,9 +34,9 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import token_layers
-from laconic.solvers.token_following import Following, follow
-from laconic.solvers.token_merging import By, most
+from laconic.solvers.dynamic import token_layers
+from laconic.solvers.dynamic.token_following import Following, follow
+from laconic.solvers.dynamic.token_merging import By, most
 
 
 class Tokens(Method):

@@ -35,13 +35,14 @@ from laconic.program.cost import cost
 from laconic.program.equations import arguments, operator_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import chain, low_rank, ranks
-from laconic.solvers.compensate import compensate
+from laconic.solvers.channels.compensate import compensate
+from laconic.solvers.layers import chain
 from laconic.solvers.least_squares import Fit, residual
-from laconic.solvers.low_rank import Factors, Kind
-from laconic.solvers.metric import Metric, metric, streamed
-from laconic.solvers.ranks import Of, Option, Scope
+from laconic.solvers.quantization.metric import Metric, metric, streamed
 from laconic.solvers.recalibrate import norms, recalibrate
+from laconic.solvers.sharing import low_rank, ranks
+from laconic.solvers.sharing.low_rank import Factors, Kind
+from laconic.solvers.sharing.ranks import Of, Option, Scope
 from laconic.statistics.batches import Batches, Flat
 from laconic.statistics.convoy import affordable
 from laconic.statistics.gram import Gram

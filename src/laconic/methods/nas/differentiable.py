@@ -28,13 +28,14 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import ranking, search_space, selection
-from laconic.solvers.elastic import Elastic, declare
-from laconic.solvers.learning import Course, Learned, Learning, trainable
-from laconic.solvers.member_costs import Prices
-from laconic.solvers.relaxation import Relaxation
-from laconic.solvers.search_space import DEFAULT
-from laconic.solvers.strategies import Within
+from laconic.solvers.channels import ranking, selection
+from laconic.solvers.search import search_space
+from laconic.solvers.search.elastic import Elastic, declare
+from laconic.solvers.search.member_costs import Prices
+from laconic.solvers.search.relaxation import Relaxation
+from laconic.solvers.search.search_space import DEFAULT
+from laconic.solvers.search.strategies import Within
+from laconic.solvers.teaching.learning import Course, Learned, Learning, trainable
 from laconic.training.plan import DEFAULT_EPOCHS
 
 _ALL = Sites()

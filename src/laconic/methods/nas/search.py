@@ -37,17 +37,18 @@ from laconic.methods.base import Changes, Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import member_search, ranking, search_space, selection
-from laconic.solvers.elastic import FLOAT_BITS, Cut, Elastic, declare
-from laconic.solvers.member_costs import Prices
-from laconic.solvers.member_latency import Milliseconds
-from laconic.solvers.member_scores import Judge, Kept
-from laconic.solvers.member_search import ETA, Costs, Score, Trial
-from laconic.solvers.proxies import PROXIES
-from laconic.solvers.score_model import ScoreModel
-from laconic.solvers.search_space import DEFAULT, Member, Space
-from laconic.solvers.stopwatch import Stopwatch
-from laconic.solvers.strategies import Evolution, Random, Strategy, Within
+from laconic.solvers.channels import ranking, selection
+from laconic.solvers.search import member_search, search_space
+from laconic.solvers.search.elastic import FLOAT_BITS, Cut, Elastic, declare
+from laconic.solvers.search.member_costs import Prices
+from laconic.solvers.search.member_latency import Milliseconds
+from laconic.solvers.search.member_scores import Judge, Kept
+from laconic.solvers.search.member_search import ETA, Costs, Score, Trial
+from laconic.solvers.search.proxies import PROXIES
+from laconic.solvers.search.score_model import ScoreModel
+from laconic.solvers.search.search_space import DEFAULT, Member, Space
+from laconic.solvers.search.stopwatch import Stopwatch
+from laconic.solvers.search.strategies import Evolution, Random, Strategy, Within
 from laconic.statistics.batches import Batches
 from laconic.statistics.gradients import sampled_loss
 from laconic.training.checkpoint import identity_of
@@ -288,7 +289,7 @@ class _Hunt:
             return Random(within, generator)
         if method.strategy == "evolution":
             return Evolution(within, generator)
-        from laconic.solvers.optuna_search import Optuna  # noqa: PLC0415 - an extra
+        from laconic.solvers.search.optuna_search import Optuna  # noqa: PLC0415 - an extra
 
         return Optuna(within, method.strategy, len(method.objectives), self.context.seed)
 

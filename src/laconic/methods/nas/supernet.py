@@ -33,12 +33,13 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import ranking, search_space, selection
-from laconic.solvers.elastic import Elastic, declare
-from laconic.solvers.learning import Course, Learning, trainable
-from laconic.solvers.member_costs import Prices
-from laconic.solvers.sandwich import Sandwich
-from laconic.solvers.search_space import DEFAULT, Space
+from laconic.solvers.channels import ranking, selection
+from laconic.solvers.search import search_space
+from laconic.solvers.search.elastic import Elastic, declare
+from laconic.solvers.search.member_costs import Prices
+from laconic.solvers.search.sandwich import Sandwich
+from laconic.solvers.search.search_space import DEFAULT, Space
+from laconic.solvers.teaching.learning import Course, Learning, trainable
 
 _ALL = Sites()
 

@@ -36,10 +36,10 @@ from pydantic import Field, model_validator
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import selection
-from laconic.solvers.allocate import Of, Scope
-from laconic.solvers.shrinking import Against, Plan, Shrinking
-from laconic.solvers.stopwatch import Stopwatch, Timer
+from laconic.solvers.channels import selection
+from laconic.solvers.channels.allocate import Of, Scope
+from laconic.solvers.channels.shrinking import Against, Plan, Shrinking
+from laconic.solvers.search.stopwatch import Stopwatch, Timer
 
 
 class PruneChannels(Method):

@@ -32,10 +32,10 @@ from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.groups import groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import group_choice, selection
-from laconic.solvers.activity import Kind
-from laconic.solvers.learning import Course, Learning, trainable
-from laconic.solvers.shedding import Shedding, Timetable, Wanted
+from laconic.solvers.channels import group_choice, selection
+from laconic.solvers.channels.activity import Kind
+from laconic.solvers.channels.shedding import Shedding, Timetable, Wanted
+from laconic.solvers.teaching.learning import Course, Learning, trainable
 
 _ALL = Sites()
 

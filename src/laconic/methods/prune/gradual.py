@@ -30,10 +30,10 @@ from pydantic import Field, model_validator
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.learning import Course, Learning, trainable
-from laconic.solvers.moving_masks import Choose, MovingMasks, Rule
-from laconic.solvers.patterns import Patterns
-from laconic.solvers.weight_masks import BYTES, Amount, Pruning, Scope
+from laconic.solvers.teaching.learning import Course, Learning, trainable
+from laconic.solvers.weights.moving_masks import Choose, MovingMasks, Rule
+from laconic.solvers.weights.patterns import Patterns
+from laconic.solvers.weights.weight_masks import BYTES, Amount, Pruning, Scope
 
 
 class Gradual(Learning, Method):

@@ -29,10 +29,10 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.groups import Group, Groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import selection
-from laconic.solvers.allocate import Scope
-from laconic.solvers.shrinking import Plan, Shrinking
-from laconic.solvers.stopwatch import Stopwatch, Timer
+from laconic.solvers.channels import selection
+from laconic.solvers.channels.allocate import Scope
+from laconic.solvers.channels.shrinking import Plan, Shrinking
+from laconic.solvers.search.stopwatch import Stopwatch, Timer
 
 
 class PruneHeads(Method):

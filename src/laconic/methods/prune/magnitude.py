@@ -23,8 +23,8 @@ from typing import Literal
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.weight_masks import Amount, Pruning
-from laconic.solvers.weight_scores import magnitudes
+from laconic.solvers.weights.weight_masks import Amount, Pruning
+from laconic.solvers.weights.weight_scores import magnitudes
 
 
 class Magnitude(Amount, Method):

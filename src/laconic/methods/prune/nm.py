@@ -25,11 +25,11 @@ from torch import Tensor
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import patterns
-from laconic.solvers.obs_layers import Surgeon
-from laconic.solvers.obs_weights import Wanted
-from laconic.solvers.weight_masks import Pruning
-from laconic.solvers.weight_scores import Sampled, scored
+from laconic.solvers.weights import patterns
+from laconic.solvers.weights.obs_layers import Surgeon
+from laconic.solvers.weights.obs_weights import Wanted
+from laconic.solvers.weights.weight_masks import Pruning
+from laconic.solvers.weights.weight_scores import Sampled, scored
 
 
 class Nm(Sampled, Method):

@@ -35,10 +35,10 @@ from pydantic import Field
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.obs_layers import Surgeon
-from laconic.solvers.obs_weights import Solver, Wanted
-from laconic.solvers.weight_masks import Amount, Pruning, Scope
-from laconic.solvers.weight_scores import Calibration, Sampled, scored
+from laconic.solvers.weights.obs_layers import Surgeon
+from laconic.solvers.weights.obs_weights import Solver, Wanted
+from laconic.solvers.weights.weight_masks import Amount, Pruning, Scope
+from laconic.solvers.weights.weight_scores import Calibration, Sampled, scored
 
 
 class Obs(Sampled, Method):

@@ -36,12 +36,12 @@ from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.groups import Groups, groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import group_choice, selection
-from laconic.solvers.fading import Fading, FadingGroups, FadingWeights
-from laconic.solvers.learning import Course, Learned, Learning, trainable
-from laconic.solvers.selection import Keep
-from laconic.solvers.weight_masks import Amount, Pruning
-from laconic.solvers.weight_scores import magnitudes
+from laconic.solvers.channels import group_choice, selection
+from laconic.solvers.channels.fading import Fading, FadingGroups, FadingWeights
+from laconic.solvers.channels.selection import Keep
+from laconic.solvers.teaching.learning import Course, Learned, Learning, trainable
+from laconic.solvers.weights.weight_masks import Amount, Pruning
+from laconic.solvers.weights.weight_scores import magnitudes
 
 _NEGLIGIBLE = 1e-3
 _ALL = Sites()

@@ -33,10 +33,10 @@ from laconic.core.errors import RecipeError
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.learning import Course, Learned, Learning, trainable
-from laconic.solvers.rewinding import Snapshot, Values, digest_of, early_state, levels, put
-from laconic.solvers.weight_masks import BYTES, Amount, Keep, Pruning, Scope
-from laconic.solvers.weight_scores import magnitudes
+from laconic.solvers.teaching.learning import Course, Learned, Learning, trainable
+from laconic.solvers.teaching.rewinding import Snapshot, Values, digest_of, early_state, levels, put
+from laconic.solvers.weights.weight_masks import BYTES, Amount, Keep, Pruning, Scope
+from laconic.solvers.weights.weight_scores import magnitudes
 
 
 class Rewind(Learning, Method):

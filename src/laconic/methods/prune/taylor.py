@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.weight_masks import Amount, Pruning
-from laconic.solvers.weight_scores import Sampled, scored
+from laconic.solvers.weights.weight_masks import Amount, Pruning
+from laconic.solvers.weights.weight_scores import Sampled, scored
 
 
 class Taylor(Amount, Sampled, Method):

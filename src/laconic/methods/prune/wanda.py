@@ -23,8 +23,8 @@ from torch import Tensor
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.weight_masks import Amount, Pruning, highest_in_rows
-from laconic.solvers.weight_scores import Calibration, scored
+from laconic.solvers.weights.weight_masks import Amount, Pruning, highest_in_rows
+from laconic.solvers.weights.weight_scores import Calibration, scored
 from laconic.statistics.layers import Layer
 
 

@@ -27,9 +27,9 @@ from pydantic import Field
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import salience
-from laconic.solvers.weight_correction import Correction, CorrectionOptions
-from laconic.solvers.weight_rounding import GridOptions, opened
+from laconic.solvers.quantization import salience
+from laconic.solvers.quantization.weight_correction import Correction, CorrectionOptions
+from laconic.solvers.quantization.weight_rounding import GridOptions, opened
 
 
 class Awq(GridOptions, CorrectionOptions, Method):

@@ -28,13 +28,13 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import binary_layers, learned_steps, placement
-from laconic.solvers.binary_grids import BinaryGrids
-from laconic.solvers.binary_layers import BinaryWeight, Estimator
-from laconic.solvers.grid_training import GridTraining, GridWork, opened
-from laconic.solvers.learned_steps import LearnedStep
-from laconic.solvers.placement import Place
-from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
+from laconic.solvers.quantization import binary_layers, learned_steps, placement
+from laconic.solvers.quantization.binary_grids import BinaryGrids
+from laconic.solvers.quantization.binary_layers import BinaryWeight, Estimator
+from laconic.solvers.quantization.grid_training import GridTraining, GridWork, opened
+from laconic.solvers.quantization.learned_steps import LearnedStep
+from laconic.solvers.quantization.placement import Place
+from laconic.solvers.quantization.weight_sites import WeightSite, choose_sites, weight_sites
 from laconic.statistics.base import Statistic
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.moments import Moments

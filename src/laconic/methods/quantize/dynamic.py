@@ -30,10 +30,10 @@ from laconic.program.freezing import freeze
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, placement, ranges
-from laconic.solvers.placement import Place
-from laconic.solvers.weight_rounding import GridOptions, Rounding, opened
-from laconic.solvers.weight_sites import WeightSite
+from laconic.solvers.quantization import insertion, placement, ranges
+from laconic.solvers.quantization.placement import Place
+from laconic.solvers.quantization.weight_rounding import GridOptions, Rounding, opened
+from laconic.solvers.quantization.weight_sites import WeightSite
 
 _INTEGER_RUNTIMES = ("auto", "onnxruntime")
 

@@ -25,8 +25,10 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.groups import groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import equalization, folding, selection
-from laconic.solvers.channel_region import Region, Regions
+from laconic.solvers.channels import selection
+from laconic.solvers.channels.channel_region import Region, Regions
+from laconic.solvers.layers import folding
+from laconic.solvers.quantization import equalization
 
 _MOST_NOTES = 20
 

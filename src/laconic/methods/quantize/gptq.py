@@ -29,8 +29,8 @@ from pydantic import Field
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.gptq_layers import Plan, Rounder
-from laconic.solvers.weight_rounding import GridOptions, opened
+from laconic.solvers.quantization.gptq_layers import Plan, Rounder
+from laconic.solvers.quantization.weight_rounding import GridOptions, opened
 
 
 class Gptq(GridOptions, Method):

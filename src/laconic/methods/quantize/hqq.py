@@ -26,10 +26,10 @@ from pydantic import Field
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import ranges
-from laconic.solvers.half_quadratic import half_quadratic
-from laconic.solvers.weight_correction import CorrectionOptions
-from laconic.solvers.weight_rounding import GridOptions, opened
+from laconic.solvers.quantization import ranges
+from laconic.solvers.quantization.half_quadratic import half_quadratic
+from laconic.solvers.quantization.weight_correction import CorrectionOptions
+from laconic.solvers.quantization.weight_rounding import GridOptions, opened
 
 
 class Hqq(GridOptions, CorrectionOptions, Method):

@@ -26,11 +26,12 @@ from laconic.core.errors import BudgetError, RecipeError
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, knapsack, ranges, weight_rounding
-from laconic.solvers.curvature import Weighted
+from laconic.solvers.quantization import insertion, ranges, weight_rounding
+from laconic.solvers.quantization.weight_rounding import GridOptions, Rounding
+from laconic.solvers.quantization.weight_sites import weight_sites
+from laconic.solvers.search import knapsack
 from laconic.solvers.sensitivity import output_errors
-from laconic.solvers.weight_rounding import GridOptions, Rounding
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.weights.curvature import Weighted
 
 Harms = dict[str, dict[int, float]]
 _BATCH = 64

@@ -40,9 +40,11 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.groups import groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import folding, orthogonal, ranges, rotation, rotation_search, selection
-from laconic.solvers.rotatable import Turn
-from laconic.solvers.rotation_search import Batch, Grids, Probe, distance
+from laconic.solvers.channels import selection
+from laconic.solvers.layers import folding
+from laconic.solvers.quantization import orthogonal, ranges, rotation, rotation_search
+from laconic.solvers.quantization.rotatable import Turn
+from laconic.solvers.quantization.rotation_search import Batch, Grids, Probe, distance
 from laconic.statistics.batches import Batches, count, flat_inputs
 
 _MOST_NOTES = 40

@@ -28,8 +28,8 @@ from typing import Any, ClassVar
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.reconstruction import LearningOptions, Reconstruction
-from laconic.solvers.weight_rounding import GridOptions, opened
+from laconic.solvers.quantization.reconstruction import LearningOptions, Reconstruction
+from laconic.solvers.quantization.weight_rounding import GridOptions, opened
 
 
 class Round(GridOptions, LearningOptions, Method):

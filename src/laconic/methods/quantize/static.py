@@ -32,19 +32,13 @@ from laconic.program.freezing import freeze
 from laconic.program.normalize import base_name
 from laconic.program.program import FAKE_QUANTIZE, Program
 from laconic.program.sites import Sites
-from laconic.solvers import bias_correction as biases
-from laconic.solvers import (
-    folding,
-    insertion,
-    output_ranges,
-    placement,
-    ranges,
-    sensitivity,
-    smoothing,
-)
-from laconic.solvers.placement import Place
-from laconic.solvers.ranges import Grid
-from laconic.solvers.weight_sites import WeightSite, choose_sites, weight_sites
+from laconic.solvers import sensitivity
+from laconic.solvers.layers import folding
+from laconic.solvers.quantization import bias_correction as biases
+from laconic.solvers.quantization import insertion, output_ranges, placement, ranges, smoothing
+from laconic.solvers.quantization.placement import Place
+from laconic.solvers.quantization.ranges import Grid
+from laconic.solvers.quantization.weight_sites import WeightSite, choose_sites, weight_sites
 from laconic.statistics.base import Statistic
 from laconic.statistics.batches import Batches
 from laconic.statistics.collect import collect

@@ -31,15 +31,15 @@ from torch import fx
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import learned_steps, norm_signs, placement, ternary_layers
-from laconic.solvers.grid_training import GridTraining, GridWork, opened
-from laconic.solvers.learned_grids import Course, LearnedGrids
-from laconic.solvers.learned_steps import Clipping, Ends, Initial
-from laconic.solvers.oscillation import Damping
-from laconic.solvers.placement import Place
-from laconic.solvers.ranges import Grid
-from laconic.solvers.ternary_layers import TernaryWeight
-from laconic.solvers.weight_sites import choose_sites, weight_sites
+from laconic.solvers.quantization import learned_steps, norm_signs, placement, ternary_layers
+from laconic.solvers.quantization.grid_training import GridTraining, GridWork, opened
+from laconic.solvers.quantization.learned_grids import Course, LearnedGrids
+from laconic.solvers.quantization.learned_steps import Clipping, Ends, Initial
+from laconic.solvers.quantization.oscillation import Damping
+from laconic.solvers.quantization.placement import Place
+from laconic.solvers.quantization.ranges import Grid
+from laconic.solvers.quantization.ternary_layers import TernaryWeight
+from laconic.solvers.quantization.weight_sites import choose_sites, weight_sites
 from laconic.statistics.histogram import Histogram
 
 

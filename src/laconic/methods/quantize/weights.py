@@ -38,11 +38,11 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, ranges
-from laconic.solvers.ranges import Grid
-from laconic.solvers.weight_correction import CorrectionOptions
-from laconic.solvers.weight_rounding import GridOptions, Rounding, opened
-from laconic.solvers.weight_sites import WeightSite
+from laconic.solvers.quantization import insertion, ranges
+from laconic.solvers.quantization.ranges import Grid
+from laconic.solvers.quantization.weight_correction import CorrectionOptions
+from laconic.solvers.quantization.weight_rounding import GridOptions, Rounding, opened
+from laconic.solvers.quantization.weight_sites import WeightSite
 
 GridName = Literal[
     "int", "ternary", "binary", "nf4", "fp4_e2m1", "fp8_e4m3", "fp8_e5m2", "mxfp4", "mxfp8"

@@ -31,10 +31,10 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import integer_front
-from laconic.solvers.integer_units import Unit, units, without
+from laconic.solvers.quantization import integer_front
+from laconic.solvers.quantization.integer_units import Unit, units, without
+from laconic.solvers.search.stopwatch import Stopwatch, Timer
 from laconic.solvers.sensitivity import output_errors
-from laconic.solvers.stopwatch import Stopwatch, Timer
 from laconic.statistics.batches import Batches
 
 

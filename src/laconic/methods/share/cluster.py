@@ -36,9 +36,10 @@ from laconic.forms.codebook import Codebook
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, kmeans
-from laconic.solvers.curvature import Weighted
-from laconic.solvers.weight_sites import WeightSite, weight_sites
+from laconic.solvers.quantization import insertion
+from laconic.solvers.quantization.weight_sites import WeightSite, weight_sites
+from laconic.solvers.sharing import kmeans
+from laconic.solvers.weights.curvature import Weighted
 
 _SPARSE = 0.01  # a tensor with a larger share of exact zeros was pruned
 

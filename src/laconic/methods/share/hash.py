@@ -30,9 +30,9 @@ from laconic.forms.hashed import Hashed
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion
-from laconic.solvers.curvature import Weighted
-from laconic.solvers.weight_sites import WeightSite, weight_sites
+from laconic.solvers.quantization import insertion
+from laconic.solvers.quantization.weight_sites import WeightSite, weight_sites
+from laconic.solvers.weights.curvature import Weighted
 
 _ODD = 0x9E3779B1  # keeps the seeds of neighbouring weights apart
 

@@ -31,8 +31,8 @@ from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion
-from laconic.solvers.weight_sites import WeightSite, weight_sites
+from laconic.solvers.quantization import insertion
+from laconic.solvers.quantization.weight_sites import WeightSite, weight_sites
 
 
 class Layers(Method):

@@ -41,10 +41,10 @@ from laconic.program import members
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import together
-from laconic.solvers.curvature import Weighted
-from laconic.solvers.together import Together
-from laconic.solvers.weight_sites import weight_sites
+from laconic.solvers.quantization.weight_sites import weight_sites
+from laconic.solvers.sharing import together
+from laconic.solvers.sharing.together import Together
+from laconic.solvers.weights.curvature import Weighted
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, kind_for
 from laconic.training.loop import Forward, Job, Loss, Trained, train

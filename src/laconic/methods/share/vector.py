@@ -34,9 +34,10 @@ from laconic.forms.vectors import Vectors
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import insertion, vector_kmeans
-from laconic.solvers.curvature import Weighted
-from laconic.solvers.weight_sites import WeightSite, weight_sites
+from laconic.solvers.quantization import insertion
+from laconic.solvers.quantization.weight_sites import WeightSite, weight_sites
+from laconic.solvers.sharing import vector_kmeans
+from laconic.solvers.weights.curvature import Weighted
 
 _FLOOR = 1e-4  # least that an error counts, in parts of the mean
 

@@ -28,9 +28,9 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import branch_importance, branch_removal
-from laconic.solvers.residual import Branch, branches
-from laconic.solvers.task_loss import TaskLoss
+from laconic.solvers.layers import branch_importance, branch_removal
+from laconic.solvers.layers.residual import Branch, branches
+from laconic.solvers.teaching.task_loss import TaskLoss
 from laconic.statistics.batches import Batches, Flat, told_nothing
 
 _BATCH = 64

@@ -20,8 +20,8 @@ from typing import Any
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import folding
-from laconic.solvers.constants import drop_identities, fold_constants, operators
+from laconic.solvers.layers import folding
+from laconic.solvers.layers.constants import drop_identities, fold_constants, operators
 
 
 class Fold(Method):

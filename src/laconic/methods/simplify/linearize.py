@@ -33,8 +33,8 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.activations import Activation, LinearFit, activations, linearise, merge
-from laconic.solvers.task_loss import TaskLoss
+from laconic.solvers.layers.activations import Activation, LinearFit, activations, linearise, merge
+from laconic.solvers.teaching.task_loss import TaskLoss
 from laconic.statistics.batches import Batches, told_nothing
 from laconic.statistics.collect import collect
 from laconic.statistics.layers import layers

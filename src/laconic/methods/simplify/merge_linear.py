@@ -29,7 +29,7 @@ from laconic.program import surgery
 from laconic.program.cost import Cost, cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.affine_nodes import Way, Ways, ways, write
+from laconic.solvers.layers.affine_nodes import Way, Ways, ways, write
 
 _MOST_NOTES = 20
 

@@ -35,10 +35,10 @@ from laconic.program.groups import Groups
 from laconic.program.groups import groups as find_groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import duplicates, selection
-from laconic.solvers.channel_region import Region, Regions
-from laconic.solvers.compensate import compensate
-from laconic.solvers.duplicates import Constants, Plan
+from laconic.solvers.channels import duplicates, selection
+from laconic.solvers.channels.channel_region import Region, Regions
+from laconic.solvers.channels.compensate import compensate
+from laconic.solvers.channels.duplicates import Constants, Plan
 from laconic.statistics.batches import Batches, Flat, count, told_nothing
 
 _BATCH = 128

@@ -33,10 +33,10 @@ from laconic.program.cost import cost
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import heads, probes
-from laconic.solvers.heads import Head, Supervised
-from laconic.solvers.learning import trainable
-from laconic.solvers.probes import Answer, Probe, Spot
+from laconic.solvers.teaching import heads, probes
+from laconic.solvers.teaching.heads import Head, Supervised
+from laconic.solvers.teaching.learning import trainable
+from laconic.solvers.teaching.probes import Answer, Probe, Spot
 from laconic.statistics.batches import count, flat_inputs
 from laconic.training.checkpoint import identity_of
 from laconic.training.evaluation import labelled, mean_score

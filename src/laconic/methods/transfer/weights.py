@@ -30,13 +30,14 @@ from laconic.methods.base import Changes, Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers import depth, selection, slices
-from laconic.solvers import student as students
-from laconic.solvers.compensate import towards
+from laconic.solvers.channels import selection, slices
+from laconic.solvers.channels.compensate import towards
+from laconic.solvers.channels.selection import Keep
+from laconic.solvers.channels.shrinking import Plan, Shrinking, Shrunk
+from laconic.solvers.channels.slices import Counts
 from laconic.solvers.importance.base import Scene
-from laconic.solvers.selection import Keep
-from laconic.solvers.shrinking import Plan, Shrinking, Shrunk
-from laconic.solvers.slices import Counts
+from laconic.solvers.layers import depth
+from laconic.solvers.teaching import student as students
 from laconic.statistics.gradients import sampled_loss
 
 _TEMPERATURE = 4.0  # as of prune.channels

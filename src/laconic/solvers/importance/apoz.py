@@ -7,9 +7,9 @@ before a ReLU); such groups are noted.
 
 import torch
 
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance._activations import per_index
 from laconic.solvers.importance.base import Importance, Scene
+from laconic.solvers.weights.elimination import Removal, by_score
 from laconic.statistics.zeros import Zeros
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from laconic.core.progress import SILENT, Progress
 from laconic.program.groups import Group, Member
 from laconic.program.program import Program
-from laconic.solvers.elimination import Removal
+from laconic.solvers.weights.elimination import Removal
 from laconic.statistics.gradients import Loss
 from laconic.statistics.layers import Layer, layers
 

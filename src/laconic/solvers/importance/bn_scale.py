@@ -13,9 +13,9 @@ from torch import Tensor
 from laconic.core.errors import RecipeError
 from laconic.program.groups import Group
 from laconic.program.program import Program
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance.base import Importance, Scene, pooled, relative
 from laconic.solvers.recalibrate import norms
+from laconic.solvers.weights.elimination import Removal, by_score
 
 
 class BnScale(Importance):

@@ -5,9 +5,9 @@ that hardly moves at the scale of its neighbours tells the next layer little. On
 labels. It asks how much a channel says, not whether anybody listens or another says the same.
 """
 
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance._activations import per_index
 from laconic.solvers.importance.base import Importance, Scene
+from laconic.solvers.weights.elimination import Removal, by_score
 from laconic.statistics.histogram import Histogram
 
 BINS = 512

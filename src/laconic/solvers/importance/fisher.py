@@ -6,9 +6,9 @@ true Fisher information up to sampling). The cheapest good score; blind to what 
 repair.
 """
 
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance._gates import mean_over_samples
 from laconic.solvers.importance.base import Importance, Scene
+from laconic.solvers.weights.elimination import Removal, by_score
 
 
 class Fisher(Importance):

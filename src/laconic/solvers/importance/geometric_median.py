@@ -13,8 +13,8 @@ from torch import Tensor
 
 from laconic.program.groups import Group, Member
 from laconic.program.program import Program
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance.base import Importance, Scene, relative
+from laconic.solvers.weights.elimination import Removal, by_score
 
 
 class GeometricMedian(Importance):

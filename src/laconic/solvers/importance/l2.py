@@ -6,8 +6,8 @@ group. A weak guide: it ignores the scale of the activations.
 
 from typing import ClassVar
 
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance.base import Importance, Scene, norms_of
+from laconic.solvers.weights.elimination import Removal, by_score
 
 
 class L2(Importance):

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from laconic.core.errors import DataError
 from laconic.program.groups import Group, Member
-from laconic.solvers.elimination import Consumer, Removal, eliminate
 from laconic.solvers.importance.base import Importance, Scene, in_products, reading_layers
 from laconic.solvers.importance.fisher import Fisher
 from laconic.solvers.portions import MOMENTS, portions
+from laconic.solvers.weights.elimination import Consumer, Removal, eliminate
 from laconic.statistics.batches import count
 from laconic.statistics.collect import collect
 from laconic.statistics.gradients import sensitivities

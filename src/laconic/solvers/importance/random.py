@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import torch
 
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance.base import Importance, Scene
+from laconic.solvers.weights.elimination import Removal, by_score
 
 
 class Random(Importance):

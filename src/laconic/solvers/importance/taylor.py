@@ -4,9 +4,9 @@ One backward pass over the calibration data; no labels (targets are drawn from t
 prediction). Good order within a network in one step; blind to what compensation can repair.
 """
 
-from laconic.solvers.elimination import Removal, by_score
 from laconic.solvers.importance._gates import mean_over_samples
 from laconic.solvers.importance.base import Importance, Scene
+from laconic.solvers.weights.elimination import Removal, by_score
 
 
 class Taylor(Importance):

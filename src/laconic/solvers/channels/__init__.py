@@ -1,0 +1,1 @@
+"""Channels, heads and neurons: which stay, and how the rest makes up for the others."""

@@ -1,0 +1,190 @@
+"""Layers of a transformer that may lose tokens: their attention, their stream, their padding mask.
+
+A layer is a residual branch with self-attention in it. Its stream is the sum behind that branch,
+`[batch, tokens, channels]`: what comes behind it can do with fewer tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from laconic.program.equations import arguments, operator_name
+from laconic.program.program import Program
+from laconic.solvers.layers.residual import Branch, branches
+
+SOFTMAX = ("aten.softmax", "aten._softmax")
+ATTENTION = "aten.scaled_dot_product_attention"
+_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
+_ON_THE_WAY = (
+    *("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.masked_fill", "aten.where", "aten.to"),
+    *("aten._to_copy", "aten.dropout", "aten.clone", "aten.maximum", "aten.contiguous"),
+)
+_PROBES = 3
+_HIDDEN = -1e4  # an additive mask of at most this hides a key
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer with self-attention.
+
+    Attributes:
+        name: of its branch.
+        total: the stream behind its attention, `[batch, tokens, channels]`.
+        tokens: how many there are.
+        queries: `[batch, heads, tokens, size]`, or None where they are not found.
+        keys: as queries; of fewer heads where queries share them.
+        scale: what products of queries and keys are multiplied by.
+    """
+
+    name: str
+    total: fx.Node
+    tokens: int
+    queries: fx.Node | None
+    keys: fx.Node | None
+    scale: float
+
+
+def layers(program: Program) -> list[Layer]:
+    """All layers that could lose tokens, in graph order; shapes have to be propagated."""
+    batch = program.batch_size()
+    if not any(program.dynamic.values()):  # all shapes are fixed
+        batch = next((held.shape[0] for held in program.example if held.ndim), 1)
+    found = (_layer(branch, batch) for branch in branches(program))
+    return [layer for layer in found if layer is not None]
+
+
+def _layer(branch: Branch, batch: int) -> Layer | None:
+    shape = branch.total.meta["shape"]
+    if len(shape) != 3 or shape[0] != batch or shape[1] < 2:
+        return None
+    for node in branch.inner:
+        pair = _queries_and_keys(node, shape[1])
+        if pair is None:
+            continue
+        own = [one if _is_stack(one, batch, shape[1], branch) else None for one in pair]
+        if own[1] is None and pair[1] is not None and pair[1] not in branch.inner:
+            continue  # keys of somebody else: not self-attention
+        query, key = own
+        if query is not None and (key is None or query.meta["shape"] != key.meta["shape"]):
+            query = None  # several queries share a key
+        return Layer(branch.name, branch.total, shape[1], query, key, _scale(node, pair[0]))
+    return None
+
+
+def _is_stack(node: fx.Node | None, batch: int, tokens: int, branch: Branch) -> bool:
+    shape = () if node is None else node.meta["shape"]
+    return len(shape) == 4 and shape[0] == batch and shape[2] == tokens and node in branch.inner
+
+
+def _queries_and_keys(node: fx.Node, tokens: int) -> tuple[fx.Node | None, fx.Node | None] | None:
+    """What an attention looks with and at, or None if `node` is no attention of all to all."""
+    name, shape = operator_name(node), node.meta.get("shape", ())
+    if name == ATTENTION:
+        query: Any = node.args[0]
+        key: Any = node.args[1]
+        sizes = query.meta["shape"][-2], key.meta["shape"][-2]
+        return (query, key) if sizes == (tokens, tokens) else None
+    square = name in SOFTMAX and len(shape) > 2 and tuple(shape[-2:]) == (tokens, tokens)
+    if not square or int(arguments(node)["dim"]) not in (-1, len(shape) - 1):
+        return None
+    product = _product(node)
+    turned: Any = None if product is None else product.args[1]
+    if product is None or operator_name(turned) not in ("aten.transpose", "aten.permute"):
+        return None, None
+    key, query = turned.args[0], product.args[0]
+    held: Any = turned.meta["shape"]
+    straight = tuple(key.meta["shape"]) == (*held[:-2], held[-1], held[-2])
+    return (query, key) if straight else (None, None)
+
+
+def _product(softmax: fx.Node) -> fx.Node | None:
+    """The product whose values a written-out attention takes the softmax of."""
+    shape, stack = tuple(softmax.meta["shape"]), list(softmax.all_input_nodes)
+    while stack:
+        node = stack.pop()
+        if tuple(node.meta.get("shape", ())) != shape:
+            continue
+        if operator_name(node) in _PRODUCTS:
+            return node if operator_name(node) != "aten.baddbmm" else None
+        if operator_name(node) in _ON_THE_WAY:
+            stack += node.all_input_nodes
+    return None
+
+
+def _scale(node: fx.Node, query: fx.Node | None) -> float:
+    """The factor in front of products of queries and keys; that of the paper where it is unseen."""
+    if operator_name(node) == ATTENTION and arguments(node)["scale"] is not None:
+        return float(arguments(node)["scale"])
+    return 1.0 if query is None else float(query.meta["shape"][-1]) ** -0.5
+
+
+# padding ------------------------------------------------------------------------------------
+
+
+def mask_input(program: Program, tokens: int) -> fx.Node | None:
+    """The one input called a mask, `[batch, tokens]`, of zeros and ones: as `padding_mask`."""
+    named = zip(program.placeholders, program.example, strict=True)
+    masks = [node for node, held in named if "mask" in node.name and held.ndim == 2]
+    if len(masks) != 1 or masks[0].meta["shape"][1] != tokens:
+        return None
+    return masks[0]
+
+
+def made_of(program: Program, mask: fx.Node | None) -> set[fx.Node]:
+    """Nodes computed from the mask and constants alone."""
+    if mask is None:
+        return set()
+    found, other = {mask}, {node for node in program.placeholders if node is not mask}
+    for node in program.graph.nodes:
+        if any(source in other for source in node.all_input_nodes):
+            other.add(node)
+        elif any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def hides_padding_only(program: Program, node: fx.Node, mask: fx.Node) -> bool:
+    """Whether what an attention is masked with lets real keys pass and hides padded ones.
+
+    It is tried on a few random masks: `node` is computed from the mask and constants alone.
+    """
+    shape = tuple(mask.meta["shape"])
+    generator = torch.Generator().manual_seed(0)
+    dtype, device = mask.meta["dtype"], next((t.device for _, t in program.tensors()), None)
+    for _ in range(_PROBES):
+        real = torch.rand(shape, generator=generator) < 0.5
+        real[:, 0] = True
+        with torch.no_grad():
+            found = _value(program, node, {mask: real.to(device=device, dtype=dtype)}).cpu()
+        wanted = real[:, None, None, :].expand(shape[0], 1, found.shape[-2], shape[1])
+        if found.ndim != 4 or found.shape[-1] != shape[1]:
+            return False
+        if found.dtype != torch.bool:
+            clear = bool((found[wanted.expand(found.shape)] == 0).all())
+            found = found > _HIDDEN
+            if not clear:
+                return False
+        if not torch.equal(found, wanted.expand(found.shape)):
+            return False
+    return True
+
+
+def _value(program: Program, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """What a node gives that needs only `known` inputs and stored tensors."""
+    if node not in known:
+        if node.op == "get_attr":
+            known[node] = program.tensor(str(node.target))
+        else:
+
+            def fetch(source: fx.Node) -> Any:
+                return _value(program, source, known)
+
+            args: Sequence[Any] = map_arg(node.args, fetch)  # type: ignore[assignment]
+            options: Mapping[str, Any] = map_arg(node.kwargs, fetch)  # type: ignore[assignment]
+            run: Any = node.target
+            known[node] = run(*args, **options)
+    return known[node]

@@ -1,0 +1,1 @@
+"""Whole layers: residual branches, affine chains, what folds into what."""

@@ -1,0 +1,1 @@
+"""Grids: ranges, rounding, scales that train, where the nodes stand."""

@@ -1,0 +1,134 @@
+"""Round the rows of a linear map so that its outputs, not its weights, move least.
+
+For rows W of a map whose inputs have second moments H, rounding to Q costs (Q - W) H (Q - W)^T a
+row. `fed_back` rounds column after column and lets the columns behind make up for each error (GPTQ,
+Frantar et al., arXiv 2210.17323; the order of falling diag(H) is its act-order). It is greedy, so
+the cost can also end above that of plain rounding: such rows are rounded plainly. `descended` then
+rounds each weight again, all others given, as long as that pays (QuantEase, Behdin et al., arXiv
+2309.01885), and `best_factors` is the least-squares factor on each row's scales for given codes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from laconic.solvers.weights.obs_weights import Becomes, Rows, factor, solvable, swept
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The grid of every weight: `(code - zero) * scale`, codes in [qmin, qmax].
+
+    Attributes:
+        scale, zero: float64 `[rows, columns]`.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    qmin: int
+    qmax: int
+
+    def nearest(self, values: Tensor, columns: Tensor | slice = slice(None)) -> Tensor:
+        """The nearest point for values `[rows, ...]` of these columns."""
+        scale, zero = self.scale[:, columns], self.zero[:, columns]
+        if values.ndim == 1:
+            scale, zero = scale[:, 0], zero[:, 0]
+        codes = ((values / scale).round() + zero).clamp(self.qmin, self.qmax)
+        return (codes - zero) * scale
+
+    def scaled(self, factors: Tensor) -> "Steps":
+        """With every row's scale multiplied by its factor `[rows]`, as float32 holds it."""
+        scale = (self.scale * factors[:, None]).float().double()
+        return Steps(scale, self.zero, self.qmin, self.qmax)
+
+
+def costs(rows: Rows, values: Tensor) -> Tensor:
+    """float64 `[rows]`: what having `values` in place of the weights costs."""
+    away = values - rows.weight
+    return ((away @ rows.moments) * away).sum(1)
+
+
+def rounded(rows: Rows, steps: Steps, *, act_order: bool = True, passes: int = 0) -> Tensor:
+    """The rows on the grid, none of them worse than rounded to nearest.
+
+    Args:
+        rows: what to round; weights that are `held` stay zero.
+        steps: the grids.
+        act_order: take columns with large moments first.
+        passes: of `descended` afterwards.
+    """
+    rows = solvable(rows)
+    plain = steps.nearest(rows.weight).masked_fill(rows.held, 0.0)
+    made = fed_back(rows, steps, act_order=act_order)
+    worse = costs(rows, made) > costs(rows, plain)
+    return descended(rows, steps, torch.where(worse[:, None], plain, made), passes)
+
+
+def fed_back(rows: Rows, steps: Steps, *, act_order: bool = True) -> Tensor:
+    """One sweep over the columns; `rows.moments` must have a Cholesky factor."""
+    order = torch.arange(rows.weight.shape[1], device=rows.weight.device)
+    if act_order:
+        order = rows.moments.diagonal().argsort(descending=True, stable=True)
+    held = rows.held[:, order]
+
+    def becomes(column: int, values: Tensor) -> Tensor:
+        place = order[column : column + 1]
+        return steps.nearest(values, place).masked_fill(held[:, column], 0.0)
+
+    def choose(weight: Tensor, start: int, end: int) -> Becomes:
+        del weight, start, end
+        return becomes
+
+    made = swept(rows.weight[:, order], factor(rows.moments[order][:, order]), choose)
+    return made[:, order.argsort()]
+
+
+def descended(rows: Rows, steps: Steps, values: Tensor, passes: int) -> Tensor:
+    """Round every weight again with all others fixed, `passes` times at most; costs never rise."""
+    values = values.clone()
+    slope = (values - rows.weight) @ rows.moments
+    curvature = rows.moments.diagonal().clamp(min=1e-300)
+    for _ in range(passes):
+        moved = False
+        for column in range(values.shape[1]):
+            old = values[:, column]
+            best = old - slope[:, column] / curvature[column]
+            place = torch.tensor([column], device=values.device)
+            made = steps.nearest(best, place).masked_fill(rows.held[:, column], 0.0)
+            change = made - old
+            pays = change * (2 * slope[:, column] + change * curvature[column]) < 0
+            change = torch.where(pays, change, torch.zeros_like(change))
+            if bool(pays.any()):
+                moved = True
+                values[:, column] = torch.where(pays, made, old)
+                slope += torch.outer(change, rows.moments[column])
+        if not moved:
+            break
+    return values
+
+
+def best_factors(rows: Rows, values: Tensor) -> Tensor:
+    """float64 `[rows]`: the positive factor on each row of `values` that costs least; else 1."""
+    seen = values @ rows.moments
+    along, size = (seen * rows.weight).sum(1), (seen * values).sum(1)
+    useful = (along > 0) & (size > 0)
+    return torch.where(useful, along / size.clamp(min=1e-300), torch.ones_like(along))
+
+
+def rescaled(rows: Rows, steps: Steps, values: Tensor, rounds: int) -> tuple[Steps, Tensor]:
+    """Scales and values in turns: the best factor for each row's codes, then one descent.
+
+    A row whose cost would rise keeps what it had.
+    """
+    rows = solvable(rows)
+    for _ in range(rounds):
+        tried = steps.scaled(best_factors(rows, values))
+        moved = descended(rows, tried, values / steps.scale * tried.scale, 1)
+        better = costs(rows, moved) < costs(rows, values)
+        if not bool(better.any()):
+            break
+        scale = torch.where(better[:, None], tried.scale, steps.scale)
+        steps = Steps(scale, steps.zero, steps.qmin, steps.qmax)
+        values = torch.where(better[:, None], moved, values)
+    return steps, values

@@ -1,0 +1,1 @@
+"""Fewer numbers for many weights: codebooks, common parts, low rank."""

@@ -1,0 +1,1 @@
+"""Learning from a teacher: options, objective, teachers, what stands beside while it trains."""
