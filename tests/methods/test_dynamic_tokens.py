@@ -219,3 +219,12 @@ def _case(by):
 @pytest.mark.parametrize("by", ["drop", "fuse"])
 def test_contracts(check, by):
     check(_case(by))
+
+
+def test_two_may_read_the_same_tokens():
+    """An exit's head and the network's own both pool what the last merge gave."""
+    both = contracts.followed_by(
+        contracts.case("dynamic.early_exit", "fused_split"), "dynamic.tokens"
+    )
+    for check in contracts.PAIR_CHECKS:
+        check(both)

@@ -68,6 +68,7 @@ class Site:
     node: fx.Node
     stage: int
     place: int = 0
+    rank: int = 0  # of what is summed; the stage before may have put a node without shapes there
     whole: bool = True
 
 
@@ -162,9 +163,10 @@ class TokenAxis:
             self._attention(node, stage, number)
         elif name in SOFTMAX:
             held: Any = node.args[0]
-            place = see["dim"] % len(held.meta["shape"])
+            rank = len(held.meta["shape"])
+            place = see["dim"] % rank
             if self._is_tokens(self.see.dims(held)[place], stage):
-                self.sites.append(Site(node, number, place, self._whole(held, place, stage)))
+                self.sites.append(Site(node, number, place, rank, self._whole(held, place, stage)))
         elif name in POOLS and inputs - out:
             self._pool(node, stage, number)
         elif name in _FREE or name in POOLS or name == "getitem" or is_constant(node):
@@ -190,7 +192,7 @@ class TokenAxis:
             self._refuse(stage, node, "heads are folded into the batch")
         if arguments(node)["attn_mask"] is not None:
             self._refuse(stage, node, "its mask says something about single tokens")
-        self.sites.append(Site(node, number, len(dims) - 2, self._whole(key, -2, stage)))
+        self.sites.append(Site(node, number, len(dims) - 2, len(dims), self._whole(key, -2, stage)))
 
     def _pool(self, node: fx.Node, stage: Stage, number: int) -> None:
         held: Any = node.args[0]
@@ -201,7 +203,8 @@ class TokenAxis:
         if not alone:
             self._refuse(stage, node, "sums over tokens and something else at once")
         (place,) = places
-        self.sites.append(Site(node, number, place, self._whole(held, place, stage)))
+        whole = self._whole(held, place, stage)
+        self.sites.append(Site(node, number, place, len(dims), whole))
 
     def _product(self, node: fx.Node, stage: Stage) -> None:
         """A sum over tokens is right if what it sums are shares of an attention."""

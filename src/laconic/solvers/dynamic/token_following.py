@@ -226,7 +226,9 @@ class Following:
             if weight is not None:
                 own = weight if site.whole else write.run(weight, stage.lead, 2**63 - 1)
                 scale = now / axis.size if mean else 1.0
-                node.replace_input_with(held, weighed(write, held, own, site.place, scale))
+                node.replace_input_with(
+                    held, weighed(write, held, site.rank, own, site.place, scale)
+                )
             elif not mean:
                 node.replace_input_with(held, write(_ATEN.mul.Scalar, held, axis.size / now))
             return
@@ -236,7 +238,7 @@ class Following:
             weight = write(_ATEN.gt.Scalar, weight, 0)
             weight = write(_ATEN.to.dtype, weight, stage.layer.total.meta["dtype"])
         own = weight if site.whole else write.run(weight, stage.lead, 2**63 - 1)
-        bias = logarithm(write, own, len(held.meta["shape"]))
+        bias = logarithm(write, own, site.rank)
         if operator_name(node) == ATTENTION:
             rewrites.set_argument(node, "attn_mask", bias)
         else:

@@ -281,10 +281,12 @@ def logarithm(write: Writer, weight: fx.Node, dimensions: int) -> fx.Node:
     return bias
 
 
-def weighed(write: Writer, value: fx.Node, weight: fx.Node, place: int, scale: float) -> fx.Node:
-    """A value times the weights of its tokens, which are its dimension `place`, times a number."""
+def weighed(
+    write: Writer, value: fx.Node, rank: int, weight: fx.Node, place: int, scale: float
+) -> fx.Node:
+    """A value times the weights of its tokens, dimension `place` of `rank`, times a number."""
     own = weight if scale == 1.0 else write(_ATEN.mul.Scalar, weight, scale)
-    for dim in range(1, len(value.meta["shape"])):
+    for dim in range(1, rank):
         if dim != place:
             own = write(_ATEN.unsqueeze.default, own, dim)
     return write(_ATEN.mul.Tensor, value, own)
