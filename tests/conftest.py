@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from laconic.engine import deploy
 from laconic.measuring import latency
@@ -15,6 +16,10 @@ from laconic.measuring import latency
 # Set before any package that would read them is imported: nothing here may use the network.
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
     os.environ.setdefault(name, "1")
+
+settings.register_profile("same", derandomize=True)  # a run in CI says the same every time
+if os.environ.get("CI"):
+    settings.load_profile("same")
 
 ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:  # the benchmarks are a folder of the repository, not of the package

