@@ -82,9 +82,8 @@ class Search:
             self._walk(stronger(chain.name))
             if any(each.accepted for each in self.tried[known:]):
                 break
-        best = min(self._accepted(), key=lambda each: self._promise(each)[1], default=None)
-        if best is not None:
-            self._walk(finer(best.asked))
+        if self._accepted():  # fewer bits for the one that would be kept, timed beside the others
+            self._walk(finer(self._strongest().asked))
         return self._strongest()
 
     def _walk(self, chain: Chain) -> None:
