@@ -1,7 +1,7 @@
 """Torch's table of ONNX translations, read once in a process instead of once an export.
 
-torch 2.11 to 2.13 parse the source of some 500 translations anew for every export: 0.8 s, four
-fifths of what the export of a small network takes. What is remembered is only that table; the
+torch 2.13 parses the source of some 500 translations anew for every export, which took 0.8 s: most
+of what the export of a small network takes. What is remembered is only that table; the
 translations given to an export go into a copy. Where torch has its table elsewhere, nothing is
 remembered and nothing else changes.
 """
