@@ -13,7 +13,8 @@ from laconic.engine import deploy
 from laconic.engine.store import fingerprint
 from laconic.measuring import latency
 from laconic.planning import compress as compress_module
-from laconic.planning.candidates import Chain, basics, pruned, recovery
+from laconic.planning.candidates import Chain, basics, finer, paying, pruned, recovery
+from laconic.planning.search import Search
 from laconic.program.capture import capture
 from laconic.program.groups import groups
 
@@ -147,6 +148,31 @@ def test_candidates_go_from_mild_to_strong(model, task):
         assert {r.steps[0].options["of"] for r in found} == {"parameters"}
         assert all(r.steps[1] == recover for r in found)
         assert all(r.steps[2] == chain.recipes[0].steps[0] for r in found)
+
+
+def test_integers_where_they_pay_come_last_and_for_latency_only():
+    latency = laconic.Budget(minimize="latency", batch=4)
+    for chain in basics():
+        (found,) = paying(chain.recipes[0], latency).recipes
+        assert [step.method for step in found.steps] == ["quantize.static", "quantize.where"]
+        assert found.steps[-1].options == {"batch": 4}
+        assert not paying(chain.recipes[0], laconic.Budget(minimize="size")).recipes
+    (few,) = paying(finer(basics()[1].recipes[0]).recipes[0], latency).recipes
+    assert few.steps[0].options == {"bits": 6}
+
+
+def test_a_search_for_latency_ends_with_integers_where_they_pay(model, task, monkeypatch):
+    program, asked = capture(model, torch.randn(2, 8)), []
+
+    def refused(search: Search, recipe: Recipe) -> bool:
+        asked.append(recipe.name)
+        return False
+
+    monkeypatch.setattr(Search, "_try", refused)
+    with pytest.raises(BudgetError):
+        laconic.compress(program, task, budget=laconic.Budget(threads=1))
+    assert asked[:2] == ["fold", "int8"]
+    assert asked[-1] == "int8, integers where they pay"
 
 
 @pytest.mark.parametrize("spoiled", ["", "integers"])

@@ -69,6 +69,17 @@ def finer(recipe: Recipe) -> Chain:
     return Chain("fewer bits", recipes)
 
 
+def paying(recipe: Recipe, budget: Budget) -> Chain:
+    """The same with integers only where they save measured time, in floats elsewhere."""
+    *before, last = recipe.steps
+    if budget.minimize != "latency":
+        return Chain("integers where they pay", [])
+    steps = [last] if last.method == "quantize.static" else [_KINDS[1][2]]
+    steps.append(Step(method="quantize.where", options={"batch": budget.batch}))
+    made = Recipe(steps=(*before, *steps), name=f"{recipe.name}, integers where they pay")
+    return Chain("integers where they pay", [made])
+
+
 def _prune(share: float, of: str, recover: Step | None) -> Recipe:
     cut = Step(method="prune.channels", options={"ratio": share, "of": of})
     words = "MACs" if of == "macs" else of

@@ -13,7 +13,7 @@ from laconic.engine.deploy import Deployed, Yard, least
 from laconic.engine.result import Candidate
 from laconic.engine.run import Bench, Ran, run
 from laconic.planning import guard
-from laconic.planning.candidates import Chain, finer
+from laconic.planning.candidates import Chain, finer, paying
 from laconic.planning.objective import Objective
 
 _TIE = 0.03  # two files whose latencies differ by less are equally fast here
@@ -84,6 +84,8 @@ class Search:
                 break
         if self._accepted():  # fewer bits for the one that would be kept, timed beside the others
             self._walk(finer(self._strongest().asked))
+        best = self._strongest().asked if self._accepted() else basics[-1].recipes[0]
+        self._walk(paying(best, self.budget))
         return self._strongest()
 
     def _walk(self, chain: Chain) -> None:
