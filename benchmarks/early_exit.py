@@ -1,7 +1,8 @@
 """ResNet-56 on CIFAR-10 that stops early: time per image over a stream of test images, OpenVINO.
 
 `frozen` trains exits in front of a network that stays as it is, `trained` trains it along with
-them, `early` the same with wider heads nearer to the input, `cascade` asks a ResNet-20 first (not
+them, `early` the same with wider heads nearer to the input, `wide` has such heads in front of a
+network that stays as it is, `cascade` asks a ResNet-20 first (not
 with `--quick`, where a ResNet-20 is all there is). Each sets its limits on validation rows, with
 the promise that at most `--drop` points are lost at 95 % confidence. `test` and `latency`: of the
 exits that are cheapest by validation, `cascade_test` and `cascade_latency` of the cascade: accuracy
@@ -41,11 +42,12 @@ MINUTES, DROP, BATCH, STREAM = 15.0, 0.3, 128, 1_000
 SIZES = (1, 32)
 KINDS: tuple[Precision, ...] = ("fp32", "bf16")
 EXITS: dict[str, Any] = {"method": "dynamic.early_exit", "exits": 2, "size": 0.03}
+EARLY: dict[str, Any] = EXITS | {"at": ["layer1.4", "layer2.4"], "depth": 2}
 ROWS: dict[str, dict[str, Any]] = {
     "frozen": EXITS | {"backbone": "frozen"},
     "trained": EXITS | {"backbone": "trained"},
-    "early": EXITS
-    | {"backbone": "trained", "at": ["layer1.4", "layer2.4"], "size": 0.12, "depth": 2},
+    "early": EARLY | {"backbone": "trained", "size": 0.12},
+    "wide": EARLY | {"backbone": "frozen", "size": 0.15},
     "cascade": {"method": "dynamic.cascade"},
 }
 QUICK = ("frozen", "early")
