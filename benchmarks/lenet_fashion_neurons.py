@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> Row:
         cut_row(job, ratio, tried, f"cut_{ratio}")
         names.append(f"cut_{ratio}")
     for label, recipe in controls().items():
-        for ratio in RATIOS:
+        for ratio in RATIOS[:1] if job.quick else RATIOS:
             name = f"control_{label}_{ratio}"
             cut_row(job, ratio, {label: recipe}, name)
             names.append(name)

@@ -60,22 +60,31 @@ Batch = dict[str, Tensor]
 class Job:
     """The original, its tokenizer, its text."""
 
+    first = 2
+    """With `--quick` these layers of the original are all there is."""
+
     def __init__(self, bench: Bench) -> None:
         self.bench, self.quick = bench, bool(bench.args.quick)
         self.threads = min(THREADS, torch.get_num_threads())
         self.stages = Stages(bench, "minilm_main")
-        self.prune = PRUNE | ({"samples": 24, "importance": "l2"} if self.quick else {})
-        self.recover = RECOVER | ({"steps": 3} if self.quick else {})
+        few = {"steps": 3, "nodes": LAYERS[: self.first]}
+        small = {"samples": 24, "importance": "l2", "block": 8}
+        self.prune = PRUNE | (small if self.quick else {})
+        self.recover = RECOVER | (few if self.quick else {})
         self.quantize = QUANTIZE | ({"samples": 8} if self.quick else {})
-        self.train_int8 = TRAIN_INT8 | ({"steps": 3} if self.quick else {})
-        self.longer = LONGER | ({"steps": 3} if self.quick else {})
+        self.train_int8 = TRAIN_INT8 | (few if self.quick else {})
+        self.longer = LONGER | (few if self.quick else {})
         self.recipe = [self.prune, self.recover, self.longer, self.quantize, self.train_int8]
 
     @cached_property
     def model(self) -> models.Embedder:
-        """The original."""
+        """The original; its first layers with `--quick`."""
         with peers.quiet():
-            return models.minilm()
+            made = models.minilm()
+        if self.quick:
+            encoder: Any = made.encoder.encoder
+            encoder.layer = encoder.layer[: self.first]
+        return made
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -101,8 +110,9 @@ class Job:
     def train(self) -> Spliced:
         """New text every pass, made of all there is but what choices and the test look at."""
         phrases = [text for text, _ in sst2("train")[300:]]
-        few = {"size": 4, "count": 8} if self.quick else {}
-        return Spliced(phrases[:: 200 if self.quick else 1], running(), self.tokenizer, **few)
+        if self.quick:
+            return Spliced(phrases[::200], running()[::50], self.tokenizer, size=4, count=8)
+        return Spliced(phrases, running(), self.tokenizer)
 
     @cached_property
     def unseen(self) -> Spliced:
@@ -160,7 +170,7 @@ def nncf_model(job: Job) -> Any:
 def ours(job: Job, stage: str, precision: Precision, batch: int) -> peers.Runner:
     """A stage's artifact as OpenVINO runs it, at 128 tokens."""
     runtime, program = OpenVino(), job.stages.program(stage)
-    path = runtime.write(program, job.stages.folder / f"{stage}-{precision}.xml", precision)
+    path = job.stages.file(stage, precision)
     shapes = {name: (batch, TOKENS) for name in fixed_shapes(program, batch)}
     return runtime.load(path, precision, job.threads, shapes).run
 

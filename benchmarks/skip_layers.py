@@ -13,7 +13,6 @@ chain of pieces; all in turn. Sentences are padded to 128 tokens with their real
 
 import time
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import minilm_main, models, peers
+from benchmarks import minilm_main, peers
 from benchmarks.harness import Bench, Row
 from benchmarks.stages import Stages, apply
 from laconic.methods.base import Outcome
@@ -58,16 +57,6 @@ class Job(minilm_main.Job):
         self.gate = GATE | (few | first if self.quick else {})
         self.fixed = [FIXED[0] | ({"importance": "l2", "count": 1} if self.quick else {}),
                       FIXED[1] | (few if self.quick else {})]  # fmt: skip
-
-    @cached_property
-    def model(self) -> models.Embedder:
-        """The original; its first two layers with `--quick`."""
-        with peers.quiet():
-            made = models.minilm()
-        if self.quick:
-            encoder: Any = made.encoder.encoder
-            encoder.layer = encoder.layer[:2]
-        return made
 
     def batches(
         self, texts: list[str], size: int, tokens: int | None = TOKENS

@@ -18,6 +18,8 @@ from laconic.core.recipe import Step
 from laconic.methods.base import Context, Outcome, method_of
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.runtimes.base import Precision
+from laconic.runtimes.openvino import OpenVino
 from laconic.storage import load, save
 
 
@@ -66,6 +68,7 @@ class Stages:
         args = bench.args
         self.folder = (args.results / "quick" if args.quick else cache_folder()) / folder
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._files: dict[tuple[str, Precision, int], Path] = {}
 
     def path(self, name: str) -> Path:
         """Where the Program of stage `name` is kept."""
@@ -77,6 +80,14 @@ class Stages:
             return load(self.path(name))
         except LaconicError as error:
             raise SystemExit(f"stage {name} has to run first (--only {name}): {error}") from None
+
+    def file(self, name: str, precision: Precision) -> Path:
+        """Stage `name` as OpenVINO reads it; written once in a run."""
+        key = (name, precision, self.path(name).stat().st_mtime_ns)
+        if key not in self._files:
+            path = self.folder / f"{name}-{precision}.xml"
+            self._files[key] = OpenVino().write(self.program(name), path, precision)
+        return self._files[key]
 
     def row(
         self, name: str, make: Callable[[], Outcome], measure: Callable[[Program], Row],
