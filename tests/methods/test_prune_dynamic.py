@@ -20,7 +20,7 @@ from laconic.program.surgery import sliced
 from laconic.solvers.channels.activity import Activity
 from laconic.solvers.channels.shedding import Timetable
 from laconic.testing import zoo
-from laconic.training.loop import Loss
+from laconic.training.job import Loss
 
 TRAINING = {"steps": 8, "precision": "fp32", "evaluations": 2, "teacher": "torch", "lr": 0.01}
 SHORT = {**TRAINING, "block": 1, "cuts": 2, "end": 0.6}

@@ -14,7 +14,8 @@ from torch import nn
 from laconic.core.task import classification
 from laconic.program.capture import capture
 from laconic.training.evaluation import mean_score
-from laconic.training.loop import Job, Loss, train
+from laconic.training.job import Job, Loss
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes, joined
 

@@ -13,7 +13,8 @@ from laconic.core.errors import DataError, StorageError, TrainingError
 from laconic.core.progress import Progress
 from laconic.training import checkpoint
 from laconic.training.feed import Feed
-from laconic.training.loop import Loss, train
+from laconic.training.job import Loss
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 
 PLAN = Plan(

@@ -12,7 +12,7 @@ from laconic.core.task import Task, to_device
 from laconic.program.program import Program
 from laconic.statistics.batches import check_inputs, count, flat_inputs, padding_mask
 from laconic.training import losses
-from laconic.training.loop import Forward, Loss
+from laconic.training.job import Forward, Loss
 from laconic.training.precision import in_float32, laid_out, wants_channels_last
 from laconic.training.teacher import Teacher, Voice
 

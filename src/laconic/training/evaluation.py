@@ -7,7 +7,7 @@ from laconic.core.errors import TaskError
 from laconic.core.task import Loader, Task, to_device
 from laconic.program.program import Program
 from laconic.statistics.batches import flat_inputs
-from laconic.training.loop import Objective
+from laconic.training.job import Objective
 from laconic.training.precision import autocast, in_float32, laid_out, wants_channels_last
 from laconic.training.processes import Processes
 

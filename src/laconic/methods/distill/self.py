@@ -44,7 +44,8 @@ from laconic.training.attendant import Attendant
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import kind_for, soft
 from laconic.training.feed import mixed
-from laconic.training.loop import Forward, Job, Loss, Trained, train
+from laconic.training.job import Forward, Job, Loss, Trained
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.precision import in_float32, laid_out, wants_channels_last
 from laconic.training.processes import Processes

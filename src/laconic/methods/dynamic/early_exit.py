@@ -43,7 +43,7 @@ from laconic.solvers.dynamic.confidence import NEVER, Answers, Measure
 from laconic.solvers.dynamic.exit_training import train_along, train_heads
 from laconic.solvers.dynamic.exits import Place
 from laconic.solvers.teaching.learning import Course
-from laconic.training.loop import Trained
+from laconic.training.job import Trained
 from laconic.training.plan import Plan
 
 

@@ -47,7 +47,8 @@ from laconic.solvers.sharing.together import Together
 from laconic.solvers.weights.curvature import Weighted
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Distillation, kind_for
-from laconic.training.loop import Forward, Job, Loss, Trained, train
+from laconic.training.job import Forward, Job, Loss, Trained
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 from laconic.training.teacher import Original

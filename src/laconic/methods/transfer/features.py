@@ -40,7 +40,8 @@ from laconic.solvers.teaching.probes import Answer, Probe, Spot
 from laconic.statistics.batches import count, flat_inputs
 from laconic.training.checkpoint import identity_of
 from laconic.training.evaluation import labelled, mean_score
-from laconic.training.loop import Job, Trained, train
+from laconic.training.job import Job, Trained
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 

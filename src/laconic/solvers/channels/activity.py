@@ -25,7 +25,7 @@ from laconic.solvers.importance.base import (
 from laconic.solvers.importance.entropy import BINS
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.layers import Layer
-from laconic.training.loop import Forward, Loss, Objective
+from laconic.training.job import Forward, Loss, Objective
 from laconic.training.processes import Processes
 from laconic.training.taps import tapped
 

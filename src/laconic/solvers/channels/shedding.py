@@ -16,7 +16,7 @@ from laconic.solvers.channels.group_choice import Choosing, Of
 from laconic.solvers.channels.selection import Keep
 from laconic.solvers.weights.elimination import by_score
 from laconic.training.attendant import Attendant
-from laconic.training.loop import Forward, Loss, Objective
+from laconic.training.job import Forward, Loss, Objective
 from laconic.training.plan import Plan
 
 Cuts = Mapping[int, Mapping[str, Sequence[int]]]

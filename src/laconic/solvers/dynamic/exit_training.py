@@ -16,7 +16,8 @@ from laconic.solvers.teaching.learning import Course
 from laconic.statistics.batches import check_inputs, count, flat_inputs
 from laconic.training import losses
 from laconic.training.checkpoint import identity_of
-from laconic.training.loop import Forward, Job, Loss, Trained, train
+from laconic.training.job import Forward, Job, Loss, Trained
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.precision import in_float32, laid_out, wants_channels_last
 from laconic.training.processes import Processes

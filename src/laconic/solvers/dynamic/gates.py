@@ -24,7 +24,7 @@ from laconic.solvers.dynamic.token_layers import ATTENTION, hides_padding_only, 
 from laconic.solvers.dynamic.token_merging import Writer, logarithm
 from laconic.solvers.layers.residual import Branch, branches
 from laconic.training.attendant import Attendant
-from laconic.training.loop import Forward, Loss, Objective
+from laconic.training.job import Forward, Loss, Objective
 from laconic.training.plan import Plan
 
 _ATEN: Any = torch.ops.aten

@@ -29,7 +29,8 @@ from laconic.statistics.batches import Batches
 from laconic.training.distillation import Distillation
 from laconic.training.evaluation import mean_score
 from laconic.training.feed import mixed
-from laconic.training.loop import Job, train
+from laconic.training.job import Job
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 

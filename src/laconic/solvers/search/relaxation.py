@@ -28,7 +28,7 @@ from laconic.solvers.search.search_space import Knob, Member, Space
 from laconic.solvers.search.strategies import Excess
 from laconic.training.attendant import Attendant
 from laconic.training.feed import mixed
-from laconic.training.loop import Forward, Loss, Objective
+from laconic.training.job import Forward, Loss, Objective
 from laconic.training.plan import Plan
 
 _STREAM = 11  # of random numbers, apart from those of the loop

@@ -23,7 +23,7 @@ from laconic.solvers.search.search_space import KINDS, Member, Space
 from laconic.training.attendant import Attendant
 from laconic.training.distillation import Distillation
 from laconic.training.feed import mixed
-from laconic.training.loop import Forward, Loss, Objective
+from laconic.training.job import Forward, Loss, Objective
 from laconic.training.plan import Plan
 
 _HELD = 8  # cut graphs that are kept

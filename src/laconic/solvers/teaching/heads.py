@@ -15,7 +15,7 @@ from laconic.program.program import Program
 from laconic.solvers.least_squares import Fit
 from laconic.solvers.teaching.probes import Spot
 from laconic.statistics.batches import check_inputs, count, flat_inputs
-from laconic.training.loop import Forward, Loss
+from laconic.training.job import Forward, Loss
 from laconic.training.precision import in_float32, laid_out, wants_channels_last
 
 _aten: Any = torch.ops.aten

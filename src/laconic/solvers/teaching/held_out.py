@@ -14,7 +14,7 @@ from laconic.core.task import Task
 from laconic.program.program import Program
 from laconic.training.distillation import Distillation
 from laconic.training.evaluation import labelled, mean_loss, mean_score
-from laconic.training.loop import Objective, Trained
+from laconic.training.job import Objective, Trained
 from laconic.training.processes import Processes
 
 Measure = Callable[[Program, str], float]

@@ -23,7 +23,8 @@ from laconic.statistics.batches import check_inputs, told_nothing
 from laconic.training import losses
 from laconic.training.checkpoint import identity_of
 from laconic.training.distillation import Compare, Distillation, Kind, kind_for
-from laconic.training.loop import Job, Objective, Trained, train
+from laconic.training.job import Job, Objective, Trained
+from laconic.training.loop import train
 from laconic.training.plan import Plan
 from laconic.training.processes import Processes
 from laconic.training.taps import matched, tapped
