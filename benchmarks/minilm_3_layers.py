@@ -57,7 +57,7 @@ PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)
 class Job(minilm_main.Job):
     """The original, its tokenizer, its text; stages of its own. All six layers in any case."""
 
-    first = 6
+    few_layers = 6
 
     def __init__(self, bench: Bench) -> None:
         super().__init__(bench)

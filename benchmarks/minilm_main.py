@@ -60,14 +60,14 @@ Batch = dict[str, Tensor]
 class Job:
     """The original, its tokenizer, its text."""
 
-    first = 2
+    few_layers = 2
     """With `--quick` these layers of the original are all there is."""
 
     def __init__(self, bench: Bench) -> None:
         self.bench, self.quick = bench, bool(bench.args.quick)
         self.threads = min(THREADS, torch.get_num_threads())
         self.stages = Stages(bench, "minilm_main")
-        few = {"steps": 3, "nodes": LAYERS[: self.first]}
+        few = {"steps": 3, "nodes": LAYERS[: self.few_layers]}
         small = {"samples": 24, "importance": "l2", "block": 8}
         self.prune = PRUNE | (small if self.quick else {})
         self.recover = RECOVER | (few if self.quick else {})
@@ -83,7 +83,7 @@ class Job:
             made = models.minilm()
         if self.quick:
             encoder: Any = made.encoder.encoder
-            encoder.layer = encoder.layer[: self.first]
+            encoder.layer = encoder.layer[: self.few_layers]
         return made
 
     @cached_property
