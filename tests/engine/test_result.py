@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -62,27 +60,14 @@ def test_saved_and_read_is_itself(program, tmp_path):
 
 
 @pytest.mark.parametrize("limit", [500, 3000])
-def test_a_failed_save_leaves_the_earlier_one_whole(program, tmp_path, limit):
-    """In another process no file may grow beyond `limit` bytes: as on a full disk."""
+def test_a_failed_save_leaves_the_earlier_one_whole(program, tmp_path, full_disk, limit):
     folder = result_of(program).save(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    code = (
-        "import resource, sys, laconic, torch\n"
-        "from laconic.core.recipe import Recipe\n"
-        "result = laconic.Result(program=laconic.load(sys.argv[1]), recipe=Recipe(), "
-        "provenance={'long': 'x' * 5000})\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)\n"
-        "try:\n"
-        "    result.save(sys.argv[1])\n"
-        "except laconic.LaconicError as error:\n"
-        "    print(type(error).__name__, error)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, folder, str(limit)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.startswith("StorageError"), done.stdout
-    assert "earlier is untouched" in done.stdout
-    assert ".saving" not in done.stdout
+    held = Result.read(folder).program
+    made = Result(program=held, recipe=Recipe(), provenance={"long": "x" * 5000})
+    with full_disk(limit), pytest.raises(StorageError, match="earlier is untouched") as error:
+        made.save(folder)
+    assert ".saving" not in str(error.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -55,6 +55,9 @@ class Plan:
     repeats: int = 20
 
 
+USUAL = Plan()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What `compare` found.
@@ -92,7 +95,7 @@ def compare(
     Raises:
         DataError: nothing to time, or a baseline that is not among the calls.
     """
-    plan = plan or Plan()
+    plan = plan or USUAL
     if not calls:
         raise DataError("nothing to time", where="latency")
     if baseline is not None and baseline not in calls:
