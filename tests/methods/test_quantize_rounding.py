@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_refused(method, setting):
     weight = broken.tensor("two.weight").detach().clone()
     weight[0, 0, 0, 0] = float("nan")
     broken.set_tensor("two.weight", weight)
-    with pytest.raises(DataError, match=r"two\.weight: 1 of 288 weights are NaN"):
+    with pytest.raises(DataError, match=r"two\.weight: 1 of 288 values are NaN"):
         apply(method, (broken, context))
 
 

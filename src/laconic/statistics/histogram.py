@@ -29,6 +29,7 @@ class Histogram(Statistic):
         counts: int64 `[bins]`, or `[channels, bins]` with an axis.
         width: of a bin, a power of two.
         total: how many values there were.
+        zeros: how many of them were exactly zero.
         minimum, maximum: exact extremes.
     """
 
@@ -38,7 +39,7 @@ class Histogram(Statistic):
         self.bins, self.axis = bins, axis
         self.counts = torch.zeros(bins, dtype=torch.int64)
         self._exponent = _SMALLEST
-        self.total = 0
+        self.total = self.zeros = 0
         self.minimum = math.inf
         self.maximum = -math.inf
 
@@ -73,6 +74,7 @@ class Histogram(Statistic):
         found = torch.bincount(places.flatten(), minlength=self.bins * len(rows)).cpu()
         self.counts += found.reshape(self.counts.shape)
         self.total += values.numel()
+        self.zeros += values.numel() - int(values.count_nonzero())
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
 
     def merge(self, other: Self) -> None:
@@ -85,6 +87,7 @@ class Histogram(Statistic):
         self._widen(other._exponent)
         self.counts += _coarsened(other.counts, self._exponent - other._exponent)
         self.total += other.total
+        self.zeros += other.zeros
         self.minimum = min(self.minimum, other.minimum)
         self.maximum = max(self.maximum, other.maximum)
 

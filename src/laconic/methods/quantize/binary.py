@@ -28,7 +28,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.quantization import binary_layers, learned_steps, placement
+from laconic.solvers.quantization import binary_layers, learned_steps, placement, ranges
 from laconic.solvers.quantization.binary_grids import BinaryGrids
 from laconic.solvers.quantization.binary_layers import BinaryWeight, Estimator
 from laconic.solvers.quantization.grid_training import GridTraining, GridWork, opened
@@ -133,13 +133,15 @@ class QuantizeBinary(GridTraining, Method):
         binary = placement.places(program, work.sites, []) if self.activations else []
         ends = placement.places(program, work.ends, []) if self.activations else []
         histograms, moments = self._calibrate(work, ends, binary)
-        for place in ends:
-            found = histograms[place.name]
-            if found.minimum < found.maximum or found.minimum != 0:
+        for place in (*ends, *binary):
+            if reason := ranges.unfit(histograms[place.name]):
+                work.notes.append(f"{place.name}: stays float, {reason}")
+            elif place in binary:
+                self._binary(work, place, moments[place.name])
+            else:
+                found = histograms[place.name]
                 grid = learned_steps.activation_grid(found, self.first_last or 8, "mse")
                 work.steps.append(learned_steps.insert_activation(program, place, [grid], "lsq"))
-        for place in binary:
-            self._binary(work, place, moments[place.name])
         for site in work.ends:
             bits = [learned_steps.weight_ends(self.first_last or 8)]
             work.steps.append(learned_steps.insert_weight(program, site, site.axis, bits, "mse"))
@@ -153,7 +155,7 @@ class QuantizeBinary(GridTraining, Method):
     def _calibrate(
         self, work: "_Work", ends: Sequence[Place], binary: Sequence[Place]
     ) -> tuple[dict[str, Histogram], dict[str, Moments]]:
-        histograms = {place.name: Histogram() for place in ends}
+        histograms = {place.name: Histogram() for place in (*ends, *binary)}
         moments = {place.name: Moments(binary_layers.channel_axis(place)) for place in binary}
         wanted: dict[tuple[str, str], tuple[str, str, Statistic]] = {
             **{("range", name): (name, "output", held) for name, held in histograms.items()},

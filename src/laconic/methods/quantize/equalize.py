@@ -29,6 +29,7 @@ from laconic.solvers.channels import selection
 from laconic.solvers.channels.channel_region import Region, Regions
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import equalization
+from laconic.solvers.quantization.weight_sites import refuse_broken
 
 _MOST_NOTES = 20
 
@@ -49,7 +50,9 @@ class QuantizeEqualize(Method):
 
         Raises:
             RecipeError: sites match nothing, or only groups that cannot shrink.
+            DataError: a parameter holds NaN or infinite values.
         """
+        refuse_broken(program)
         made = program.clone().to(context.device)
         folded = folding.fold_batch_norms(made, forwards=False)
         made.propagate()

@@ -45,6 +45,7 @@ from laconic.solvers.layers import folding
 from laconic.solvers.quantization import orthogonal, ranges, rotation, rotation_search
 from laconic.solvers.quantization.rotatable import Turn
 from laconic.solvers.quantization.rotation_search import Batch, Grids, Probe, distance
+from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.statistics.batches import Batches, count, flat_inputs
 
 _MOST_NOTES = 40
@@ -195,6 +196,7 @@ class QuantizeRotate(Method):
 
 def _opened(program: Program, context: Context) -> tuple[Program, list[str]]:
     """A copy on the device, batch norm folded, and notes about that."""
+    refuse_broken(program)
     made = program.clone().to(context.device)
     folded = folding.fold_batch_norms(made, forwards=False)
     made.propagate()

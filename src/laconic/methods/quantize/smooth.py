@@ -21,7 +21,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.quantization import smoothing
-from laconic.solvers.quantization.weight_sites import weight_sites
+from laconic.solvers.quantization.weight_sites import refuse_broken, weight_sites
 from laconic.statistics.batches import Batches
 
 
@@ -43,6 +43,7 @@ class QuantizeSmooth(Method):
             RecipeError: sites that match nothing.
             DataError: no calibration data, or NaN or infinite values; names the node.
         """
+        refuse_broken(program)
         made = program.clone().to(context.device)
         made.propagate()
         found, notes = weight_sites(made)

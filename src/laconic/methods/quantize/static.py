@@ -38,14 +38,18 @@ from laconic.solvers.quantization import bias_correction as biases
 from laconic.solvers.quantization import insertion, output_ranges, placement, ranges, smoothing
 from laconic.solvers.quantization.placement import Place
 from laconic.solvers.quantization.ranges import Grid
-from laconic.solvers.quantization.weight_sites import WeightSite, choose_sites, weight_sites
+from laconic.solvers.quantization.weight_sites import (
+    WeightSite,
+    choose_sites,
+    refuse_broken,
+    weight_sites,
+)
 from laconic.statistics.base import Statistic
 from laconic.statistics.batches import Batches
 from laconic.statistics.collect import collect
 from laconic.statistics.histogram import Histogram
 from laconic.statistics.moments import Moments
 
-_RESOLVED_ENOUGH = 1e-3  # a grid on which fewer values than that differ from zero is useless
 _SENSITIVITY_SAMPLES = 32
 
 Range = tuple[float, float]
@@ -104,6 +108,7 @@ class QuantizeStatic(Method):
             RecipeError: sites that match nothing; `ranges` that do not fit the program.
             DataError: no calibration data, or NaN or infinite values; names the node.
         """
+        refuse_broken(program)
         work = _Work(program.clone().to(context.device), context)
         folded = folding.fold_batch_norms(work.program, forwards=False)
         work.notes += folded.notes
@@ -115,10 +120,11 @@ class QuantizeStatic(Method):
         self._smooth(work)
         self._calibrate(work)
         self._guard(work)
+        plain = work.program.clone()
         if self.weights:
             self._insert_weights(work)
         self._insert_activations(work)
-        self._correct(work)
+        self._correct(work, plain)
         made = work.program
         made.drop_unused()
         made.recompile()
@@ -238,16 +244,12 @@ class QuantizeStatic(Method):
     ) -> tuple[str, Range]:
         """The range over a histogram, or why there is none."""
         if not _has_range(total):
-            return "only zeros were seen in calibration, so no range is known", (0.0, 0.0)
+            return ranges.unfit(total), (0.0, 0.0)
         rule = "mse" if self.range == "output" else self.range
         chosen = suited or ranges.choose(
             total, rule, symmetric=symmetric, percentile=self.percentile
         )
-        made = ranges.grid(*chosen, symmetric=symmetric)
-        if ranges.resolved_share(total, made) < _RESOLVED_ENOUGH:
-            extremes = f"[{total.minimum:.4g}, {total.maximum:.4g}]"
-            return f"outliers stretch its range to {extremes}: nearly all codes would be 0", chosen
-        return "", chosen
+        return ranges.unfit(total, ranges.grid(*chosen, symmetric=symmetric)), chosen
 
     def _take_range(self, work: "_Work", members: Sequence[Place], symmetric: bool) -> None:
         assert self.ranges is not None
@@ -311,10 +313,15 @@ class QuantizeStatic(Method):
                     work.shifts[node.name] = difference
         work.program.recompile()
 
-    def _correct(self, work: "_Work") -> None:
-        layers = work.layers()
+    def _correct(self, work: "_Work", plain: Program) -> None:
         if self.bias_correction == "none" or not self.weights:
             return
+        layers, probe = work.layers(), work.batches(min(self.samples, biases.GUARDED))
+        guard = biases.Guard(plain, work.program, layers, probe)
+        self._shift(work, layers)
+        work.notes += guard.settle()
+
+    def _shift(self, work: "_Work", layers: Sequence[tuple[fx.Node, str]]) -> None:
         if self.bias_correction == "analytic":
             for node, name in layers:
                 shift = biases.mean_shift(node, work.shifts[node.name], work.means[node.name])

@@ -31,7 +31,13 @@ from torch import fx
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.quantization import learned_steps, norm_signs, placement, ternary_layers
+from laconic.solvers.quantization import (
+    learned_steps,
+    norm_signs,
+    placement,
+    ranges,
+    ternary_layers,
+)
 from laconic.solvers.quantization.grid_training import GridTraining, GridWork, opened
 from laconic.solvers.quantization.learned_grids import Course, LearnedGrids
 from laconic.solvers.quantization.learned_steps import Clipping, Ends, Initial
@@ -184,8 +190,7 @@ class QuantizeTrain(GridTraining, Method):
             work.positive = norm_signs.make_positive(work.program, one_sided)
         for place in work.places:
             histogram = histograms[place.group]
-            if histogram.minimum == histogram.maximum == 0:
-                reason = "only zeros were seen in calibration, so no range is known"
+            if reason := ranges.unfit(histogram):
                 work.notes.append(f"{place.name}: stays float, {reason}")
                 continue
             grids = self._grids(work, place, histogram)

@@ -5,9 +5,12 @@
   Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2);
 * empirical: layer by layer, the mean output of the quantised program, all earlier layers corrected
   already, is brought to that of the float one. It also sees what activations lose by clipping.
+
+Means are what few outliers make them: a correction that takes the typical sample away from the
+float network is taken back (`Guard`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +21,11 @@ from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.statistics.moments import Moments
 from laconic.statistics.walk import Order, Walk
+
+GUARDED = 32
+"""Samples that say whether a correction helps."""
+_WORSE = 4.0
+_HARMLESS = 1e-3
 
 
 def bias_axis(node: fx.Node) -> int:
@@ -125,3 +133,69 @@ def correct_empirically(
         spread = float(wanted[node.name].std()) if change.numel() > 1 else 0.0
         found[node.name] = float(change.abs().max()) / max(spread, 1e-12)
     return found
+
+
+class Guard:
+    """What the biases of some layers were, and how far the network was from the float one."""
+
+    def __init__(
+        self,
+        plain: Program,
+        program: Program,
+        layers: Sequence[tuple[fx.Node, str]],
+        batches: Iterable[Sequence[Tensor]],
+    ) -> None:
+        """Look at a program before its biases are corrected.
+
+        Args:
+            plain: the float network.
+            program: the same one quantised.
+            layers: (node, weight name) of what will be corrected.
+            batches: flat inputs of `GUARDED` samples or so.
+        """
+        self._plain, self._program = plain, program
+        self._batches = list(batches)
+        self._held = [(node, node.args, _stored_bias(program, node)) for node, _ in layers]
+        self._distance = self._typical() if layers else 0.0
+
+    def settle(self) -> list[str]:
+        """Take the correction back if it made the typical sample worse; says so."""
+        self._program.recompile()
+        now = self._typical() if self._held else 0.0
+        if now <= max(_WORSE * self._distance, _HARMLESS):
+            return []
+        for node, args, bias in self._held:
+            node.args = args
+            if bias is not None:
+                self._program.set_tensor(*bias)
+        self._program.graph.eliminate_dead_code()
+        self._program.recompile()
+        return [
+            "biases stay uncorrected: outliers in the calibration data make means with which the "
+            f"typical sample would be off by {now:.3g} of its outputs' energy"
+        ]
+
+    @torch.no_grad()
+    def _typical(self) -> float:
+        """Median over samples of the squared distance of the outputs, relative to their energy."""
+        found: list[Tensor] = []
+        for batch in self._batches:
+            pairs = zip(
+                self._plain.run_flat(*batch), self._program.run_flat(*batch), strict=True
+            )  # fmt: skip
+            for wanted, made in pairs:
+                if wanted.is_floating_point() and wanted.ndim and wanted.numel():
+                    rows = (
+                        wanted.double().flatten(1) if wanted.ndim > 1 else wanted.double()[:, None]
+                    )
+                    off = (made.double().reshape(rows.shape) - rows).square().sum(1)
+                    found.append(off / rows.square().sum(1).clamp(min=1e-30))
+        return float(torch.cat(found).nanmedian()) if found else 0.0
+
+
+def _stored_bias(program: Program, node: fx.Node) -> tuple[str, Tensor] | None:
+    """Name and tensor of a layer's bias, if it has one."""
+    held: Any = node.args[2] if len(node.args) > 2 else None
+    if held is None or held.op != "get_attr":
+        return None
+    return str(held.target), program.tensor(str(held.target))

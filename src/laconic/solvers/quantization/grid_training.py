@@ -17,7 +17,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization.learned_steps import LearnedStep
-from laconic.solvers.quantization.weight_sites import WeightSite
+from laconic.solvers.quantization.weight_sites import WeightSite, refuse_broken
 from laconic.solvers.setting import Setting
 from laconic.solvers.teaching.learning import Course, Learning, trainable
 from laconic.statistics.base import Statistic
@@ -102,10 +102,12 @@ class GridTraining(Learning):
 
         Raises:
             TrainingError: the loss diverged before there was anything worth keeping.
+            DataError: the last step gave NaN or infinite values; names the parameter.
         """
         student = work.program.train()
         names = trainable(student, Sites())
         learned = self.learn(program, student, names, Course.of(work.context), attendant=attendant)
+        refuse_broken(student)  # the very last step may have been one too far
         told = {**learned.figures, **figures()}
         settle()
         if self.fold:
@@ -124,7 +126,12 @@ class GridTraining(Learning):
 
 
 def opened(program: Program, setting: Setting) -> Program:
-    """A copy with float master weights on the device, shapes propagated."""
+    """A copy with float master weights on the device, shapes propagated.
+
+    Raises:
+        DataError: a parameter holds NaN or infinite values.
+    """
+    refuse_broken(program)
     made = (thaw(program) if is_frozen(program) else program.clone()).to(setting.device)
     made.propagate()
     return made

@@ -16,6 +16,8 @@ from laconic.statistics.histogram import Histogram
 
 Rule = Literal["minmax", "percentile", "mse", "entropy"]
 _FRACTIONS = 80
+_RESOLVED = 1e-3  # a grid on which fewer values than that differ from zero is useless
+_LOST = 0.25  # of a step: values below it are lost
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,30 @@ def grid(low: float, high: float, *, symmetric: bool, bits: int = 8) -> Grid:
         qmin,
         qmax,
     )
+
+
+def unfit(histogram: Histogram, chosen: Grid | None = None) -> str:
+    """Why values cannot be put on a grid, in words; empty if they can.
+
+    `chosen`: the grid; None: the one of 8 bits with the least squared error.
+    """
+    if not histogram.total or histogram.minimum == histogram.maximum == 0:
+        return "only zeros were seen in calibration, so no range is known"
+    if chosen is None:
+        low, high = choose(histogram, "mse", symmetric=True)
+        chosen = grid(low, high, symmetric=True)
+    if resolved_share(histogram, chosen) < _RESOLVED or _lost_share(histogram, chosen) > 0.5:
+        extremes = f"[{histogram.minimum:.4g}, {histogram.maximum:.4g}]"
+        return f"outliers stretch its range to {extremes}: nearly all codes would be 0"
+    return ""
+
+
+def _lost_share(histogram: Histogram, chosen: Grid) -> float:
+    """Share of the values other than zero that surely lie below a part of the grid's step."""
+    furthest = histogram.centres.abs() + histogram.width / 2
+    near = furthest <= _LOST * chosen.scale.double()
+    lost = int(histogram.counts[near].sum()) - histogram.zeros
+    return max(lost, 0) / max(histogram.total - histogram.zeros, 1)
 
 
 def squared_error(histogram: Histogram, chosen: Grid) -> float:

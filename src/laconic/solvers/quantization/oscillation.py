@@ -37,11 +37,9 @@ class OnGrid:
     qmax: int
 
     def codes(self) -> Tensor:
-        """Its codes, in its shape."""
-        return affine.encode(
-            self.weight.detach(), self.scale.detach(), self.zero_point, self.axis, self.qmin,
-            self.qmax,
-        )  # fmt: skip
+        """Its codes, in its shape; of a weight that has diverged any, the training says that."""
+        weight, scale = self.weight.detach().nan_to_num(), self.scale.detach()
+        return affine.encode(weight, scale, self.zero_point, self.axis, self.qmin, self.qmax)
 
     def decoded(self, codes: Tensor) -> Tensor:
         """The values of codes (floats allowed) in the weight's dtype."""

@@ -18,6 +18,7 @@ from laconic.solvers.quantization.histogram_ranges import choose as choose
 from laconic.solvers.quantization.histogram_ranges import grid as grid
 from laconic.solvers.quantization.histogram_ranges import resolved_share as resolved_share
 from laconic.solvers.quantization.histogram_ranges import squared_error as squared_error
+from laconic.solvers.quantization.histogram_ranges import unfit as unfit
 from laconic.statistics.histogram import Histogram
 
 OutputRule = Rule | Literal["output"]

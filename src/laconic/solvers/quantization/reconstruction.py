@@ -149,6 +149,12 @@ class Reconstruction:
         fit = _Fit(self, region, soft, shifts, data)
         first = fit.error()
         fit.descend(torch.optim.Adam([group for group in groups if group["params"]]))
+        if not math.isfinite(fit.error()):
+            self.work.notes += [
+                f"{name}: rounded to nearest, learning it diverged" for name in soft
+            ]
+            self._nearest(list(soft))
+            return
         for name, weight in soft.items():
             self.work.settle(self.sites[name], *weight.settled())
         shifts.store(program)

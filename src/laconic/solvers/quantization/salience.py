@@ -136,6 +136,9 @@ def _search(
         moments[layer.node.name].covariance.diagonal()[index].mean(1)
         for layer, index in place.readers
     ]).mean(0).sqrt()  # fmt: skip
+    if not bool(torch.isfinite(size).all()):
+        work.notes.append(f"{place.name}: not scaled, its activations are too large to be squared")
+        return 0.0, torch.ones_like(size)
     size = size.clamp(min=1e-4 * float(size.max()) + 1e-30)
     best, found = float("inf"), (0.0, torch.ones_like(size))
     for number in range(tries):

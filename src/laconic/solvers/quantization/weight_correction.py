@@ -37,7 +37,8 @@ class CorrectionOptions(BaseModel):
     def correct(self, work: Rounding, before: Program, setting: Setting) -> None:
         """Correct the biases of the layers of `work`, whose weights are settled.
 
-        `before`: the same program with its float weights.
+        `before`: the same program with its float weights. What would make the typical sample worse
+        is taken back, and noted.
 
         Raises:
             DataError: calibration data that are missing, do not fit, or are not finite.
@@ -46,6 +47,8 @@ class CorrectionOptions(BaseModel):
             return
         pairs = _layers(work.sites)
         batches = list(calibration(before, setting, self.samples))
+        probe = calibration(before, setting, min(self.samples, biases.GUARDED))
+        guard = biases.Guard(before, work.program, pairs, probe)
         if self.bias_correction == "analytic":
             means = _means(before, pairs, "input 0", batches, setting)
             for node, name in pairs:
@@ -58,7 +61,7 @@ class CorrectionOptions(BaseModel):
             for node, name in pairs:
                 biases.add_to_bias(work.program, node, name, torch.zeros_like(means[node.name]))
             biases.correct_empirically(work.program, pairs, means, batches, setting.progress)
-        work.program.recompile()
+        work.notes += guard.settle()
 
 
 def _layers(sites: Sequence[WeightSite]) -> list[tuple[fx.Node, str]]:

@@ -13,7 +13,6 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, fx
 
-from laconic.core.errors import DataError
 from laconic.forms import affine
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
@@ -21,7 +20,12 @@ from laconic.program.sites import Sites
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import insertion, output_ranges, ranges
 from laconic.solvers.quantization.ranges import Grid
-from laconic.solvers.quantization.weight_sites import WeightSite, choose_sites, weight_sites
+from laconic.solvers.quantization.weight_sites import (
+    WeightSite,
+    choose_sites,
+    refuse_broken,
+    weight_sites,
+)
 from laconic.solvers.setting import Setting
 from laconic.statistics.batches import Batches
 
@@ -140,9 +144,10 @@ def opened(program: Program, sites: Sites, options: GridOptions, setting: Settin
 
     Raises:
         RecipeError: sites that match nothing.
-        DataError: a chosen weight holds NaN or infinite values; for ranges by outputs, calibration
-            data that are missing or unfit.
+        DataError: a parameter holds NaN or infinite values; for ranges by outputs, calibration data
+            that are missing or unfit.
     """
+    refuse_broken(program)
     copied = program.clone().to(setting.device)
     folded = folding.fold_batch_norms(copied, forwards=False)
     copied.propagate()
@@ -162,19 +167,8 @@ def opened(program: Program, sites: Sites, options: GridOptions, setting: Settin
 
 
 def _can(work: Rounding, site: WeightSite) -> bool:
-    """Whether a grid of the weight would be of any use; otherwise it is noted why not.
-
-    Raises:
-        DataError: NaN or infinite values.
-    """
+    """Whether a grid of the weight would be of any use; otherwise it is noted why not."""
     weight = work.program.tensor(site.name).detach()
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
-        raise DataError(
-            f"{bad} of {weight.numel()} weights are NaN or infinite",
-            where=site.name,
-            hint="a network that diverged cannot be quantised; leave the weight out of the sites",
-        )
     there = int(weight.count_nonzero())
     grid = work.grid(site, weight)
     left = int(ranges.on_grid(weight, site.axis, grid).count_nonzero())
