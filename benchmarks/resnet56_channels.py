@@ -57,7 +57,7 @@ class Channels(Job):
 def ratio_rows(job: Channels, name: str, ratio: float) -> dict[str, Row]:
     """Pruned, and recovered for ten minutes and for an hour."""
     context, common = job.context(), {"weights": job.weights, "seed": job.args.seed}
-    samples = 128 if job.quick else MORE
+    samples = 64 if job.quick else MORE
     prune = PRUNE | {"ratio": 1 - 1 / ratio, "samples": samples}
     found = {
         f"prune_{name}": job.stages.row(
@@ -88,7 +88,7 @@ def budget_rows(job: Channels) -> dict[str, Row]:
         options = {
             "sites": PRUNE["sites"],
             "block": BLOCK,
-            "samples": 128 if job.quick else CALIBRATION,
+            "samples": 64 if job.quick else CALIBRATION,
         }
         told: Row = {}
 

@@ -84,7 +84,7 @@ def model_rows(images: Images) -> dict[str, Row]:
     common: dict[str, Any] = {"seed": images.seed, "sizes": images.sizes}
     found = {"dense": stages.row("dense", images.dense, val, cached=images.cached,
                                  train=images.train, **common)}  # fmt: skip
-    recover = RECOVER | ({"steps": 3} if quick else {})
+    recover = RECOVER | ({"steps": 3, "evaluations": 1} if quick else {})
     for name in ways(quick):
         step = way(name, quick)
         found[name] = stages.row(name, reduced(step), measured, step=step, **common)
@@ -106,10 +106,15 @@ def way(name: str, quick: bool) -> dict[str, Any]:
     return step | {"sites": ["layers.0"]} if quick and "sites" in step else step
 
 
+def precisions(quick: bool) -> tuple[Precision, ...]:
+    """What the networks are timed in; the first only in the quick form."""
+    return PRECISIONS[:1] if quick else PRECISIONS
+
+
 def loaded(images: Images, name: str, precision: Precision, batch: int) -> peers.Runner:
     """A stage as OpenVINO runs it."""
     runtime, program = OpenVino(), images.stages.program(name)
-    path = runtime.write(program, images.stages.folder / f"{name}-{precision}.xml", precision)
+    path = images.stages.file(name, precision)
     return runtime.load(path, precision, images.threads, fixed_shapes(program, batch)).run
 
 
@@ -123,7 +128,7 @@ def test_row(images: Images) -> Row:
     """Accuracy on the test images, in OpenVINO."""
     found: Row = {}
     for name in made(images):
-        for precision in PRECISIONS:
+        for precision in precisions(images.quick):
             run = loaded(images, name, precision, 100)
 
             def model(pixels: Tensor, run: peers.Runner = run) -> Tensor:
@@ -139,7 +144,7 @@ def latency_row(images: Images) -> Row:
     inputs: dict[str, Any] = {}
     names = [name for name in made(images) if not name.endswith("_recovered")]
     for batch in (1,) if images.quick else (1, LARGE):
-        for precision in PRECISIONS:
+        for precision in precisions(images.quick):
             for name in names:
                 key = f"{name}_{precision}_b{batch}"
                 runners[key] = loaded(images, name, precision, batch)

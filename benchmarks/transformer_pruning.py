@@ -169,7 +169,7 @@ def vit_rows(images: vit.Cifar) -> dict[str, Row]:
     row, common = images.stages.row, {"seed": images.seed, "sizes": images.sizes}
     tried = Tried(images.bench, lambda program: val(program)["val"])
     found = candidates("vit", images.quick)
-    recover = RECOVER["vit"] | ({"steps": 3} if images.quick else {})
+    recover = RECOVER["vit"] | ({"steps": 3, "evaluations": 1} if images.quick else {})
     threads = images.threads
     return {
         "vit_dense": row("vit_dense", images.trained, val, steps=[images.train], **common),
@@ -215,12 +215,20 @@ def made(stages: Stages, model: str) -> bool:
     return stages.path(f"{model}_recovered").exists()
 
 
+def precisions(quick: bool) -> tuple[Precision, ...]:
+    """What the networks are timed in; the first only in the quick form."""
+    return PRECISIONS[:1] if quick else PRECISIONS
+
+
 def loaded(
     stages: Stages, name: str, program: Program, precision: Precision, batch: int
 ) -> peers.Runner:
     """A program as OpenVINO runs it."""
     runtime, threads = OpenVino(), int(stages.bench.args.threads)
-    path = runtime.write(program, stages.folder / f"{name}-{precision}.xml", precision)
+    if stages.path(name).exists():
+        path = stages.file(name, precision)
+    else:  # MiniLM as it was
+        path = runtime.write(program, stages.folder / f"{name}-{precision}.xml", precision)
     return runtime.load(path, precision, threads, fixed_shapes(program, batch)).run
 
 
@@ -229,7 +237,7 @@ def test_row(images: vit.Cifar, job: Minilm) -> Row:
     found: Row = {}
     for name in ("dense", "pruned", "recovered") if made(images.stages, "vit") else ():
         program = images.stages.program(f"vit_{name}")
-        for precision in PRECISIONS:
+        for precision in precisions(images.quick):
             run = loaded(images.stages, f"vit_{name}", program, precision, 100)
 
             def model(pixels: Tensor, run: peers.Runner = run) -> Tensor:
@@ -239,7 +247,7 @@ def test_row(images: vit.Cifar, job: Minilm) -> Row:
                 found[f"vit_{name}_{precision}_{split}"] = images.score(model, split)
     for name in ("pruned", "recovered") if made(job.stages, "minilm") else ():
         program = job.stages.program(f"minilm_{name}")
-        for precision in PRECISIONS:
+        for precision in precisions(images.quick):
             run = loaded(job.stages, f"minilm_{name}", program, precision, 8)
             key = f"minilm_{name}_{precision}"
             found |= minilm_main.spread(job.cosines(run, "test", 8), key)
@@ -257,7 +265,7 @@ def latency_row(images: vit.Cifar, job: Minilm) -> Row:
         )
         programs = {"dense": dense, "recovered": stages.program(f"{model}_recovered")}
         for batch in (1,) if quick else (1, LARGE[model]):
-            for precision in PRECISIONS:
+            for precision in precisions(quick):
                 for name, program in programs.items():
                     key = f"{model}_{name}_{precision}_b{batch}"
                     runners[key] = loaded(stages, f"{model}_{name}", program, precision, batch)

@@ -109,7 +109,7 @@ class Cifar:
         self.quick, self.seed = bool(bench.args.quick), int(bench.args.seed)
         self.threads = int(bench.args.threads)
         self.sizes = {"width": 32, "depth": 3, "heads": 4, "hidden": 64} if self.quick else {}
-        self.train = TRAIN | ({"steps": 30} if self.quick else {})
+        self.train = TRAIN | ({"steps": 8, "evaluations": 1} if self.quick else {})
 
     def trained(self) -> Outcome:
         """The dense network, from fresh weights."""
@@ -148,7 +148,7 @@ class Cifar:
         """(pixels, labels) of a split, 250 at a time."""
         if split not in self._held:
             images = cifar10(split)
-            self._held[split] = batches(images[:500] if self.quick else images, 250)
+            self._held[split] = batches(images[:250] if self.quick else images, 250)
         return self._held[split]
 
     def arrays(self, batch: int) -> list[np.ndarray]:
