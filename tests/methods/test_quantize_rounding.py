@@ -250,3 +250,25 @@ def test_round_comes_closer_to_the_float_block(setting):
     (before, after), *_ = made.figures["errors"].values()
     assert list(made.figures["errors"]) == ["one.weight, two.weight"]  # the ends have 8 bits
     assert after < 0.7 * before
+
+
+def test_round_learns_the_grids_of_activations_towards_the_float_network(setting):
+    """BRECQ: weights and activations together; what is followed is the network without grids."""
+    program, context = setting
+    on_grids = method_class("quantize.static")(weights=False, samples=64, skip_above=None)
+    start = on_grids.apply(program, Sites(), context).program
+    for name in ("activations.relu_scale", "activations.relu_1_scale", "activations.relu_2_scale"):
+        start.set_tensor(name, start.tensor(name) * 12)  # far too coarse: four bits of range lost
+    held = (start, context)
+    options = {"bits": 3, "samples": 64, "steps": 60, "batch": 16}
+    fixed = apply("quantize.round", held, **options, scales=False)
+    made = apply("quantize.round", held, **options)
+    names = [n for n, _ in start.tensors() if n.startswith("activations.") and n.endswith("scale")]
+    moved = [n for n in names if not torch.equal(made.program.tensor(n), start.tensor(n))]
+    assert len(moved) >= 2 and all(bool(made.program.tensor(n) > 0) for n in names)
+    assert all(torch.equal(fixed.program.tensor(n), start.tensor(n)) for n in names)
+    assert drift(setting, made.program) < 0.7 * drift(setting, fixed.program)
+    nearest = apply("quantize.hqq", held, bits=3, rounds=0, bias_correction="none")
+    assert drift(setting, fixed.program) < 0.8 * drift(setting, nearest.program)
+    form = form_of(made.program, "one.weight")
+    assert form.qmax == 3 and torch.equal(form.decode(), made.program.tensor("one.weight"))

@@ -82,7 +82,8 @@ def runner(name, program, folder):
     runtime = runtimes.get(name)
     if runtime.check(program, "int8"):
         pytest.skip(runtime.check(program, "int8")[0])
-    path = runtime.write(program, folder / f"net{runtime.suffix}", "int8")
+    threads = {"threads": 1} if name == "inductor" else {}
+    path = runtime.write(program, folder / f"net{runtime.suffix}", "int8", **threads)
     # the float rest in float32: the question is what the integers do
     return runtime.load(path, "fp32" if name == "openvino" else "int8", 1).run
 

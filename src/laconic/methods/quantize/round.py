@@ -6,7 +6,9 @@ network rounded so far gives it, by a few hundred steps of Adam on calibration d
 loss of the task, and no gradient leaves a block: blocks are the parts of the graph between two
 places where a single tensor carries everything on (a residual block, a layer of a chain, attention
 or feed-forward of a transformer). Batch norm is folded first: a learned scale and bias for each
-channel do what measuring it anew would do.
+channel do what measuring it anew would do. Where activations stand on grids already (put
+`quantize.static` with `weights: false` in front), the goal is the network without them, and their
+steps are learned with the weights.
 
 Papers: AdaRound (Nagel et al. 2020, arXiv 2004.10568; `way: sigmoid`, or `reach: 0.5` after
 AutoRound, arXiv 2309.05516: codes at most one from the nearest); AdaQuant (Hubara et al. 2020,
@@ -14,7 +16,7 @@ arXiv 2006.10518; `way: straight`, codes go where the block wants them); blocks:
 2021, arXiv 2102.05426); mixed inputs: QDrop (Wei et al. 2022, arXiv 2203.05740).
 
 Helps: 2 to 4 bits after training, where nothing else holds. Does not: at 8 bits, where weights are
-rounded to nearest here as well; with a few dozen samples. Weights only: a file gets smaller, a
+rounded to nearest here as well; with a few dozen samples. Weights alone make a file smaller; a
 runtime is faster only where it has a kernel for such weights. Weights that several layers read are
 rounded to nearest, and noted.
 

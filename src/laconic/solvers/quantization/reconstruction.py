@@ -5,17 +5,22 @@ network rounded so far gives it, is that of the same region in the float network
 arXiv 2102.05426). Half of the inputs, at random places, are the float network's, which keeps the
 solution from fitting the drift of a few samples (QDrop, Wei et al., arXiv 2203.05740). There are no
 labels, and no gradient leaves a region. Both networks are gone through once, side by side.
+
+Where activations stand on grids already, the float network is the one without them, and the steps
+of the grids inside a region are learned with its weights (as BRECQ does, with the gradient of LSQ).
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, fx
 
-from laconic.program.program import Program
+from laconic.program.normalize import base_name
+from laconic.program.program import DYNAMIC_QUANTIZE, FAKE_QUANTIZE, FAKES, Program
 from laconic.solvers.quantization import ranges, regions, weight_rounding
 from laconic.solvers.quantization.regions import Region
 from laconic.solvers.quantization.soft_rounding import SoftWeight, Way
@@ -32,6 +37,8 @@ _ENOUGH = 8
 """Bits from which rounding to nearest is as good."""
 _WARM = 0.2
 """Part of the steps before the sigmoid's regulariser sets in."""
+_JOINS = {"cat", "concat", "stack"}
+"""What meets in one of these shares a grid, so that its steps stay."""
 
 
 class LearningOptions(BaseModel):
@@ -44,7 +51,7 @@ class LearningOptions(BaseModel):
         rate: of Adam at the start, in steps of a grid; biases move at a tenth of it.
         way: "straight": weights move freely and are rounded in each step; "sigmoid": AdaRound.
         reach: how many steps of its grid a weight may move with "straight"; None: any number.
-        scales: learn scales as well.
+        scales: learn scales as well, also those of activations that stand on grids.
         biases: learn biases as well.
         mix: part of a region's inputs that comes from the float network during the steps.
         decide: weight of the regulariser that makes "sigmoid" decide.
@@ -98,7 +105,7 @@ class Reconstruction:
             return
         batches = list(self._batches())
         self.work.notes += told_nothing(batches)
-        before = self.work.program.clone()
+        before = _float_activations(self.work.program.clone())
         ahead, behind = Convoy(before, batches), Convoy(self.work.program, batches)
         twin = dict(zip(self.work.program.graph.nodes, before.graph.nodes, strict=True))
         for region in self.setting.progress.track(found, "learning roundings", len(found)):
@@ -140,13 +147,15 @@ class Reconstruction:
         program, plan = self.work.program, self.plan
         soft = {layer.weight: self._soft(layer.weight) for layer in learned}
         shifts = _Shifts(program, learned if plan.biases else [])
+        steps = _Steps(program, region, learns=plan.scales)
         groups = [
             {"params": [weight.codes for weight in soft.values()], "lr": plan.rate},
             {"params": [weight.factors for weight in soft.values()],
              "lr": plan.rate if plan.scales else 0.0},
             {"params": list(shifts.moves.values()), "lr": plan.rate / 10},
+            {"params": list(steps.factors.values()), "lr": plan.rate},
         ]  # fmt: skip
-        fit = _Fit(self, region, soft, shifts, data)
+        fit = _Fit(self, region, soft, [shifts, steps], data)
         first = fit.error()
         fit.descend(torch.optim.Adam([group for group in groups if group["params"]]))
         if not math.isfinite(fit.error()):
@@ -157,7 +166,8 @@ class Reconstruction:
             return
         for name, weight in soft.items():
             self.work.settle(self.sites[name], *weight.settled())
-        shifts.store(program)
+        for moved in (shifts, steps):
+            moved.store(program)
         label = ", ".join(soft)
         self.errors[label] = [first, fit.error(settled=True)]
 
@@ -194,12 +204,38 @@ class _Shifts:
             program.set_tensor(name, value.to(program.tensor(name)))
 
 
+class _Steps:
+    """Steps of the activations' grids inside of a region, each times a factor that moves."""
+
+    def __init__(self, program: Program, region: Region, *, learns: bool) -> None:
+        self.factors: dict[str, Tensor] = {}
+        self._start: dict[str, Tensor] = {}
+        for node in region.nodes if learns else ():
+            source: Any = node.args[0] if node.target is FAKE_QUANTIZE else None
+            joined = any(base_name(user) in _JOINS for user in node.users)
+            if source is None or source.op == "get_attr" or joined:
+                continue
+            side: Any = node.args[1]
+            if side.op == "get_attr":
+                held = program.tensor(str(side.target)).detach()
+                self._start[str(side.target)] = held
+                self.factors[str(side.target)] = torch.ones_like(held).requires_grad_()
+
+    def values(self) -> dict[str, Tensor]:
+        return {n: self._start[n] * f.clamp(min=0.05) for n, f in self.factors.items()}
+
+    @torch.no_grad()
+    def store(self, program: Program) -> None:
+        for name, value in self.values().items():
+            program.set_tensor(name, value)
+
+
 class _Fit:
     """The descent of one region."""
 
     def __init__(
         self, owner: Reconstruction, region: Region, soft: Mapping[str, SoftWeight],
-        shifts: _Shifts, data: Sequence[Example],
+        others: Sequence[_Shifts | _Steps], data: Sequence[Example],
     ) -> None:  # fmt: skip
         self._program, self._plan, self._device = (
             owner.work.program,
@@ -208,7 +244,7 @@ class _Fit:
         )
         self._order = Order(self._program)
         self._precision = owner.plan.settled_precision(self._device)
-        self._region, self._soft, self._shifts, self._data = region, soft, shifts, data
+        self._region, self._soft, self._others, self._data = region, soft, others, data
         self._generator = torch.Generator().manual_seed(owner.setting.seed)
         spread = torch.stack([one.target.float().var() for one in data]).mean()
         self._spread = float(spread.clamp(min=1e-30))
@@ -236,13 +272,19 @@ class _Fit:
             chance = torch.rand(entered.shape, generator=self._generator).to(entered.device)
             entered = torch.where(chance < self._plan.mix, one.plain, entered)
         inputs = {**one.rounded, self._region.source: entered}
-        tensors = {n: w.values() for n, w in self._soft.items()} | self._shifts.values()
-        loss = self._distance(inputs, tensors, one.target)
+        loss = self._distance(inputs, self._tensors(), one.target)
         if self._plan.way == "sigmoid" and part >= _WARM:
             left = (1 - part) / (1 - _WARM)
             for weight in self._soft.values():
                 loss = loss + self._plan.decide * weight.undecided(2 + 18 * left)
         return loss
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that moves, as it stands."""
+        found = {name: weight.values() for name, weight in self._soft.items()}
+        for one in self._others:
+            found |= one.values()
+        return found
 
     def _distance(
         self, inputs: Mapping[fx.Node, Tensor], tensors: Mapping[str, Tensor], target: Tensor
@@ -254,9 +296,7 @@ class _Fit:
     @torch.no_grad()
     def error(self, *, settled: bool = False) -> float:
         """Mean squared error relative to the target's spread, as it stands or once settled."""
-        tensors: dict[str, Tensor] = {}
-        if not settled:
-            tensors = {n: w.values() for n, w in self._soft.items()} | self._shifts.values()
+        tensors = {} if settled else self._tensors()
         found = [self._distance(one.rounded, tensors, one.target) for one in self._data]
         return float(torch.stack(found).mean())
 
@@ -275,6 +315,20 @@ def _examples(
     targets = [walk.values[twin[region.target]].float() for walk in ahead]
     ahead.forget(twin[region.target])
     return [Example(*parts) for parts in zip(inputs, plain, targets, strict=True)]
+
+
+def _float_activations(program: Program) -> Program:
+    """The program with nodes that put activations on grids letting everything through."""
+    for node in program.graph.nodes:
+        source: Any = node.args[0] if node.target in (DYNAMIC_QUANTIZE, *FAKES) else None
+        if source is not None and source.op != "get_attr":
+            node.target = _through
+    return program
+
+
+def _through(x: Tensor, *grid: object) -> Tensor:
+    del grid
+    return x
 
 
 def _readers(program: Program, name: str) -> int:
