@@ -18,7 +18,7 @@ from laconic.program.freezing import form_of, freeze, is_frozen
 from laconic.program.normalize import base_name
 from laconic.program.program import FAKE_LEVELS
 from laconic.program.sites import Sites
-from laconic.solvers.quantization import binary_layers
+from laconic.solvers.quantization import binary_layers, placement
 from laconic.solvers.quantization.binary_grids import BinaryGrids
 from laconic.solvers.quantization.weight_sites import weight_sites
 
@@ -212,6 +212,44 @@ def test_the_sharpening_gradient_is_that_of_the_tanh():
     weight, scale = made.tensor("weight"), made.tensor(held.scale).detach()
     slope = 0.7 * 3.0 * (1 - torch.tanh(3.0 * weight.detach()) ** 2) * scale[:, None]
     assert torch.allclose(weight.grad, slope, atol=1e-6)
+
+
+def test_gradients_of_a_binary_activation_are_those_of_its_definition():
+    """y = a sign(x - s): dy/dx = 1 for |x - s| <= a and 0 beyond, dy/ds = -dy/dx, LSQ's for a.
+
+    With "tanh" y = a sign(k tanh(t (x - s))), with the slope of the tanh in between.
+    """
+    for estimator in ("straight", "tanh"):
+        torch.manual_seed(0)
+        made = capture(nn.Conv2d(3, 2, 1, bias=False).eval(), torch.randn(2, 3, 4, 4)).clone()
+        made.propagate()
+        (place,) = placement.places(made, weight_sites(made)[0], [])
+        shift, scale = torch.tensor([0.3, -0.2, 0.0]), torch.tensor(0.8)
+        step = binary_layers.insert_activation(made, place, shift, scale, estimator)
+        made.recompile()
+        made.train()
+        sharp, height = 2.0, 0.7
+        if estimator == "tanh":
+            held = dict(made.named_buffers())
+            held["binary.sharpness"].fill_(sharp)
+            held["binary.height"].fill_(height)
+        x = torch.randn(5, 3, 4, 4).requires_grad_()
+        upper = torch.randn(5, 2, 4, 4)
+        (made(x) * upper).sum().backward()
+        weight = made.tensor("weight").detach()
+        grad = torch.nn.functional.conv_transpose2d(upper, weight)  # at what is rounded
+        moved, slope = x.detach() - shift[:, None, None], torch.ones_like(grad)
+        if estimator == "tanh":
+            slope = height * sharp * (1 - torch.tanh(sharp * moved) ** 2)
+            moved = height * torch.tanh(sharp * moved)
+        inside = moved.abs() <= scale
+        assert int(inside.sum()) > 0
+        torch.testing.assert_close(x.grad, grad * inside * slope)
+        by_shift = made.tensor(f"activations.{place.name}_shift").grad
+        torch.testing.assert_close(by_shift, -(grad * inside * slope).sum((0, 2, 3)))
+        signs = torch.where(moved >= 0, 1.0, -1.0)
+        by_scale = (grad * (signs - torch.where(inside, moved / scale, 0.0))).sum()
+        torch.testing.assert_close(made.tensor(step.scale).grad, by_scale, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_are_floats_first_and_bits_from_then_on(program, task, monkeypatch):

@@ -71,3 +71,31 @@ def test_pruned_weights_stay_zero():
         soft.codes.add_(3)
     assert not bool(soft.settled()[0][:, ::3].any())
     assert not bool(soft.values()[:, ::3].any())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_are_those_of_their_definitions(symmetric):
+    """Straight: a step inside of the range, none outside. Sigmoid: the rectified sigmoid's slope."""
+    weight = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    grid = ranges.weight_grid(weight, 0, "mse", 3, symmetric=symmetric)
+    scale, zero = grid.scale[:, None], grid.zero_point[:, None].float()
+    upper = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    for way in ("straight", "sigmoid"):
+        soft = SoftWeight(weight, 0, grid, way)
+        with torch.no_grad():
+            soft.codes.add_(2 * torch.randn(4, 12, generator=torch.Generator().manual_seed(2)))
+        held, below = soft.codes.detach(), (weight / scale).floor()
+        if way == "straight":
+            place, slope = held + zero, torch.ones_like(held)
+        else:
+            part = torch.sigmoid(held)
+            up = part * 1.2 - 0.1
+            place = below + up.clamp(0, 1) + zero
+            slope = 1.2 * part * (1 - part) * ((up > 0) & (up < 1))
+        inside = (place >= grid.qmin) & (place <= grid.qmax)
+        assert 0 < int(inside.sum()) < inside.numel() or way == "sigmoid"
+        made = soft.values()
+        (made * upper).sum().backward()
+        torch.testing.assert_close(soft.codes.grad, upper * scale * slope * inside)
+        by_scale = (upper * made.detach()).sum(1, keepdim=True)  # of a factor that is 1 as yet
+        torch.testing.assert_close(soft.factors.grad, by_scale)
