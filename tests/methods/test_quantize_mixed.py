@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from laconic.core.errors import BudgetError, RecipeError
-from laconic.core.task import Task
+from laconic.core.task import Task, classification
 from laconic.methods.base import Context
 from laconic.methods.quantize.mixed import QuantizeMixed
 from laconic.program.capture import capture
@@ -41,7 +41,7 @@ def mixed(program, sites="*", data=X, **options):
     return QuantizeMixed(**options).apply(program, Sites.of(sites), context)
 
 
-@pytest.mark.parametrize("harm", ["output", "fisher"])
+@pytest.mark.parametrize("harm", ["output", "loss", "fisher"])
 def test_the_layer_that_hardly_counts_gets_the_fewest_bits(program, harm):
     outcome = mixed(program, mean_bits=8.0, widths=(2, 4, 8), harm=harm, symmetric=True)
     bits = outcome.figures["bits"]
@@ -59,6 +59,19 @@ def test_measured_harm_is_what_the_width_alone_does(program):
     error = float((found - wanted).square().sum() / wanted.square().sum())
     assert harm[3] == pytest.approx(error, rel=1e-4)
     assert harm[8] < harm[3] / 100
+
+
+def test_harm_can_be_the_rise_of_the_tasks_loss(program):
+    labels = torch.arange(64) % 8
+    task = classification(calibration=[(X, labels)])
+    context = Context(task=task, original=program)
+    options = {"mean_bits": 16.0, "widths": (2, 8), "harm": "loss"}
+    harm = QuantizeMixed(**options).apply(program, Sites(), context).figures["harm"]
+    alone = mixed(program, "first.weight", mean_bits=16.0, widths=(2,)).program
+    with torch.no_grad():
+        rise = task.loss(alone(X), labels) - task.loss(program(X), labels)
+    assert harm["first.weight"][2] == pytest.approx(max(float(rise), 0.0), rel=1e-3, abs=1e-6)
+    assert any(found[2] > found[8] for found in harm.values())
 
 
 def test_it_is_better_than_the_same_bits_for_all(program):

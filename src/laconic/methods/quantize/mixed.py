@@ -11,8 +11,8 @@ Helps: files: at equal bytes a mixed network loses less than a uniform one, most
 bits. Run a rounding method on the same weights afterwards, or train, to gain some of it back.
 Does not: speed; no CPU runtime is faster with 3-bit than with 8-bit weights. Networks whose layers
 are all alike gain little.
-Cost: `harm: output`: half a pass over `samples` samples for every weight and width; `fisher`: one
-backward pass over them.
+Cost: `harm: output`: half a pass over `samples` samples for every weight and width, `loss`: a whole
+one; `fisher`: one backward pass over them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,6 +31,7 @@ from laconic.solvers.quantization.weight_rounding import GridOptions, Rounding
 from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.solvers.search import knapsack
 from laconic.solvers.sensitivity import output_errors
+from laconic.solvers.teaching.task_loss import TaskLoss
 from laconic.solvers.weights.curvature import Weighted
 
 Harms = dict[str, dict[int, float]]
@@ -43,8 +44,9 @@ class QuantizeMixed(Method):
     Attributes:
         mean_bits: budget: bits a weight on average, scales and zero points counted.
         widths: what a weight may have, each 2 to 8.
-        harm: how harm is told: "output" measures how far the outputs move, "fisher" adds up squared
-            errors of weights times their mean squared gradients.
+        harm: how harm is told: "output" measures how far the outputs move, "loss" how much the
+            task's loss rises (without labels: the divergence from the original), "fisher" adds up
+            squared errors of weights times their mean squared gradients.
         samples: calibration samples.
         group: weights of an output channel that share a scale; None: all of them.
         symmetric: the grid lies around zero; otherwise it has a zero point.
@@ -58,7 +60,7 @@ class QuantizeMixed(Method):
 
     mean_bits: float = Field(default=4.0, gt=1, le=32)
     widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-    harm: Literal["output", "fisher"] = "output"
+    harm: Literal["output", "loss", "fisher"] = "output"
     samples: int = Field(default=128, ge=1)
     group: int | None = Field(default=None, ge=1)
     symmetric: bool = False
@@ -108,6 +110,8 @@ class QuantizeMixed(Method):
         """What every width of every weight does to the network."""
         if self.harm == "fisher":
             return self._curvature(work, context)
+        if self.harm == "loss":
+            return self._losses(work, context)
         probe = work.program.clone()
         names = {site.name for site in work.sites}
         held = {site.name: site for site in weight_sites(probe)[0] if site.name in names}
@@ -120,6 +124,19 @@ class QuantizeMixed(Method):
         batches = list(weight_rounding.calibration(probe, context, self.samples, _BATCH))
         errors = output_errors(probe, nodes, batches, context.progress)
         return {name: {w: errors[f"{w} {name}"] for w in self.widths} for name in held}
+
+    def _losses(self, work: Rounding, context: Context) -> Harms:
+        loss = TaskLoss(context.task, context.original, self.samples, context.device)
+        probe = work.program.clone()
+        found, start = Harms(), loss(probe)
+        for site in context.progress.track(work.sites, "measuring losses", len(work.sites)):
+            weight, found[site.name] = work.program.tensor(site.name), {}
+            for width in self.widths:
+                grid = self._grid(work, site.name, width)
+                probe.set_tensor(site.name, ranges.on_grid(weight.detach(), site.axis, grid))
+                found[site.name][width] = max(loss(probe) - start, 0.0)
+            probe.set_tensor(site.name, weight)
+        return found
 
     def _curvature(self, work: Rounding, context: Context) -> Harms:
         names = [site.name for site in work.sites]
