@@ -201,6 +201,19 @@ def test_weights_stand_on_a_symmetric_grid_of_the_asked_bits(bits, per_channel, 
     assert bool(((form.decode() - weight).abs() <= step * 0.5001).all())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_all_steps_can_be_powers_of_two(symmetric, generator):
+    data = images(generator)
+    program = capture(zoo.shake(Residual()), data[0])
+    outcome = quantize(program, data, power_of_two=True, symmetric=symmetric)
+    steps = [t for n, t in outcome.program.tensors() if n.endswith("_scale")]
+    assert len(steps) == 10
+    assert all(bool((torch.frexp(step)[0] == 0.5).all()) for step in steps)
+    with torch.no_grad():
+        wanted, found = program(*data[0]), outcome.program(*data[0])
+    assert (found - wanted).square().sum() < 1e-2 * wanted.square().sum()
+
+
 def test_least_error_ranges_never_lose_to_extremes(generator):
     data = images(generator)
     program = capture(zoo.shake(Residual()), data[0])

@@ -63,6 +63,7 @@ class QuantizeStatic(Method):
         activations: whether activations are quantised; without them only the file gets smaller.
         bits: of the weights' codes, 2 to 8; activations have 8.
         per_channel: one weight scale for each output channel, not one for the tensor.
+        power_of_two: all steps are powers of two: shifts in place of products.
         weight_range: "mse" clips each channel for the least squared error, "minmax" clips nothing;
             "output" for the least error of the layer's outputs on the calibration data.
         range: how activation ranges are chosen: "minmax", "percentile", "mse", "entropy", or
@@ -87,6 +88,7 @@ class QuantizeStatic(Method):
     activations: bool = True
     bits: int = Field(default=8, ge=2, le=8)
     per_channel: bool = True
+    power_of_two: bool = False
     weight_range: ranges.OutputRule = "mse"
     range: ranges.OutputRule = "mse"
     percentile: float = Field(default=99.99, gt=50, le=100)
@@ -195,12 +197,11 @@ class QuantizeStatic(Method):
                 wanted["output", node.name] = (node.name, "output", moments)
         if wanted:
             collect(work.program, work.batches(self.samples), wanted, work.context.progress)
-        for (kind, name), (_, _, statistic) in wanted.items():
+        for (_, name), (_, _, statistic) in wanted.items():
             if isinstance(statistic, Histogram):
                 work.histograms[name] = statistic
             elif isinstance(statistic, Moments):
                 work.means[name] = statistic.mean
-            del kind
         self._choose_ranges(work)
 
     def _choose_ranges(self, work: "_Work") -> None:
@@ -221,7 +222,7 @@ class QuantizeStatic(Method):
                 continue
             for name in names:
                 work.ranges[name] = chosen
-                work.grids[name] = ranges.grid(*chosen, symmetric=symmetric)
+                work.grids[name] = self._grid(chosen, symmetric)
 
     def _suited(self, work: "_Work", groups: Mapping[int, Sequence[Place]]) -> dict[int, Range]:
         """Of each group of places the range that its readers' outputs suffer least from."""
@@ -249,7 +250,10 @@ class QuantizeStatic(Method):
         chosen = suited or ranges.choose(
             total, rule, symmetric=symmetric, percentile=self.percentile
         )
-        return ranges.unfit(total, ranges.grid(*chosen, symmetric=symmetric)), chosen
+        return ranges.unfit(total, self._grid(chosen, symmetric)), chosen
+
+    def _grid(self, chosen: Range, symmetric: bool) -> Grid:
+        return ranges.grid(*chosen, symmetric=symmetric, power_of_two=self.power_of_two)
 
     def _take_range(self, work: "_Work", members: Sequence[Place], symmetric: bool) -> None:
         assert self.ranges is not None
@@ -264,7 +268,7 @@ class QuantizeStatic(Method):
                     "leave 'ranges' out to calibrate again",
                 )
             work.ranges[place.name] = self.ranges[place.name]
-            work.grids[place.name] = ranges.grid(*self.ranges[place.name], symmetric=symmetric)
+            work.grids[place.name] = self._grid(self.ranges[place.name], symmetric)
 
     # changing the graph -----------------------------------------------------------------------
 
@@ -304,8 +308,9 @@ class QuantizeStatic(Method):
             weight = work.program.tensor(site.name).detach()
             axis = site.axis if self.per_channel else None
             chosen = ranges.weight_grid(
-                weight, axis, self.weight_range, self.bits, moments=work.moments.get(site.name)
-            )
+                weight, axis, self.weight_range, self.bits,
+                power_of_two=self.power_of_two, moments=work.moments.get(site.name),
+            )  # fmt: skip
             insertion.quantize_weight(work.program, site, axis, chosen)
             difference = ranges.on_grid(weight, axis, chosen).double() - weight.double()
             for node, name in work.layers():

@@ -6,6 +6,7 @@ divergence between the histogram and its quantised twin (`entropy`: Migacz, "8-b
 TensorRT", GTC 2017).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,27 +68,24 @@ def choose(
     return low, high
 
 
-def grid(low: float, high: float, *, symmetric: bool, bits: int = 8) -> Grid:
+def grid(
+    low: float, high: float, *, symmetric: bool, bits: int = 8, power_of_two: bool = False
+) -> Grid:
     """The grid over [low, high]: unsigned with zero point 0 where nothing is negative.
 
     Signed and around zero where `symmetric`, else unsigned with a zero point. Zero is always a
-    point of it.
+    point of it. With `power_of_two` the step is the next one that is.
     """
-    levels = 2**bits - 1
-    if low >= 0:
-        scale, zero, qmin, qmax = high / levels, 0, 0, levels
-    elif symmetric:
-        half = 2 ** (bits - 1)
-        scale, zero, qmin, qmax = max(-low / half, high / (half - 1)), 0, -half, half - 1
-    else:
-        scale = (high - low) / levels
-        zero, qmin, qmax = min(max(round(-low / scale), 0), levels), 0, levels
-    smallest = float(torch.finfo(torch.float32).tiny) * 2**bits
+    levels, half = 2**bits - 1, 2 ** (bits - 1)
+    signed = symmetric and low < 0
+    qmin, qmax = (-half, half - 1) if signed else (0, levels)
+    scale = max(-low / half, high / (half - 1)) if signed else (high - min(low, 0.0)) / levels
+    scale = max(scale, float(torch.finfo(torch.float32).tiny) * 2**bits)
+    if power_of_two:
+        scale = 2.0 ** math.ceil(math.log2(scale))
+    zero = 0 if signed or low >= 0 else min(max(round(-low / scale), 0), levels)
     return Grid(
-        torch.tensor(max(scale, smallest), dtype=torch.float32),
-        torch.tensor(zero, dtype=torch.int32),
-        qmin,
-        qmax,
+        torch.tensor(scale, dtype=torch.float32), torch.tensor(zero, dtype=torch.int32), qmin, qmax
     )
 
 
