@@ -5,12 +5,11 @@ from benchmarks.starts import fresh, transferred
 
 from laconic.core.recipe import Step
 from laconic.methods.base import method_of
-from laconic.program.capture import capture
 from laconic.testing import zoo
 
 
 def test_a_fresh_network_has_nothing_of_the_old_one():
-    program = capture(*zoo.make("resnet"))
+    program = zoo.captured("resnet")
     one, again, other = fresh(program, 0), fresh(program, 0), fresh(program, 1)
     assert str(one.graph) == str(program.graph)
     for name, tensor in program.tensors():

@@ -51,8 +51,7 @@ def stream(idle=1):
 
 
 def test_blocks_are_found_and_projections_stay():
-    model, inputs = zoo.make("resnet")
-    program = capture(model, inputs)
+    program = zoo.captured("resnet")
     context = Context(task=task(), original=program)
     outcome = DropLayers(importance="l2", ratio=0.5).apply(program, Sites(), context)
     assert outcome.figures["branches"] == [2, 1]
@@ -153,8 +152,7 @@ def test_wrong_options_sites_and_data_are_refused(generator):
 
 
 def test_a_network_without_streams_is_left_alone_in_words():
-    model, inputs = zoo.make("plain_cnn")
-    program = capture(model, inputs)
+    program = zoo.captured("plain_cnn")
     outcome = DropLayers().apply(program, Sites(), Context(task=task(), original=program))
     assert outcome.figures["dropped"] == []
     assert "no residual branch" in outcome.notes[0]

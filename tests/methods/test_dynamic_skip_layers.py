@@ -40,7 +40,7 @@ class Masked(nn.Module):
 
 @functools.cache
 def program(model):
-    return capture(*zoo.make(model))
+    return zoo.captured(model)
 
 
 def gated(held, size=1, noise=0.0):

@@ -23,8 +23,7 @@ KINDS = ["channel", "spatial", "tucker2", "cp"]
 
 
 def setting(model, **options):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     return program, Context(task=own_outputs(program), original=program, **options)
 
 

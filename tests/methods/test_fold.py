@@ -220,8 +220,7 @@ def test_trainable_tensors_are_no_constants():
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_the_zoo_keeps_its_function(name):
-    model, inputs = zoo.make(name)
-    program = capture(model, inputs)
+    program = zoo.captured(name)
     made = fold(program).program
     with torch.no_grad():
         wanted, found = program.run_flat(*program.example), made.run_flat(*program.example)

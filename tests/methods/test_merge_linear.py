@@ -244,8 +244,7 @@ def test_other_batches_and_training_work_on(generator):
 
 @pytest.mark.parametrize("name", zoo.names())
 def test_the_zoo_keeps_its_function(name):
-    model, inputs = zoo.make(name)
-    program = capture(model, inputs)
+    program = zoo.captured(name)
     outcome = merge(program)
     with torch.no_grad():
         wanted = program.run_flat(*program.example)

@@ -14,7 +14,6 @@ from laconic.methods.base import Context
 from laconic.methods.nas import search as nas_search
 from laconic.methods.nas.search import Search
 from laconic.methods.nas.supernet import Supernet
-from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.sites import Sites
 from laconic.testing import zoo
@@ -26,7 +25,7 @@ FEW = {"space": SPACE, "samples": 8, "validation": 8, "importance": "l2"}
 
 @pytest.fixture(scope="module")
 def program():
-    return capture(*zoo.make("resnet"))
+    return zoo.captured("resnet")
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pydantic import ValidationError
 from laconic.core.errors import BudgetError
 from laconic.methods.base import Context
 from laconic.methods.nas.differentiable import Differentiable
-from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.sites import Sites
 from laconic.solvers.search.elastic import Elastic, declare
@@ -20,7 +19,7 @@ SPACE = {"width:*": [1.0, 0.75, 0.5, 0.25], "depth:*": [1.0, 0.5, 0]}
 
 
 def program_of(name):
-    return capture(*zoo.make(name))
+    return zoo.captured(name)
 
 
 def relaxed_of(program, order):

@@ -26,8 +26,7 @@ PLAIN = {"compensate": False, "recalibrate": False, "block": 1, "samples": 16}
 
 
 def setting(model, **options):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     return program, Context(task=own_outputs(program), original=program, **options)
 
 
@@ -150,8 +149,7 @@ def test_redundant_channels_go_without_a_trace_through_a_flatten():
 
 
 def test_compensation_pays_on_a_transformer_with_ratios_by_site():
-    module, inputs = zoo.make("fused_view")
-    program = capture(module, inputs)
+    program = zoo.captured("fused_view")
     context = Context(task=own_outputs(program, batches=24), original=program)
     names = [group.name for group in groups(program)]
     heads = next(name for name in names if "heads" in name)

@@ -171,8 +171,7 @@ def test_nothing_to_remove_or_no_table_is_said():
     program, outcome = prune(Classifier(), data={"train": [torch.arange(WORDS).view(-1, 5)]})
     assert any("stays whole" in note for note in outcome.notes)
     assert outcome.program.tensor("words.weight").shape == program.tensor("words.weight").shape
-    module, inputs = zoo.make("plain_cnn")
-    cnn = capture(module, inputs)
+    cnn = zoo.captured("plain_cnn")
     _, context = setting(Classifier())
     held = PruneEmbeddings().apply(cnn, Sites(), context)
     assert any("no table" in note for note in held.notes)

@@ -20,8 +20,7 @@ LAYERS = [f"layers.{n}.self_attn.in_proj_weight.heads" for n in (0, 1)]
 
 
 def run(model, sites="*", kind=PruneHeads, **options):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     context = Context(task=own_outputs(program), original=program)
     return program, kind(**options).apply(program, Sites.of(sites), context)
 
@@ -95,8 +94,7 @@ def test_a_key_goes_with_all_its_queries():
 
 
 def test_replay_is_bit_exact_and_compensation_helps():
-    module, inputs = zoo.make("fused_view")
-    program = capture(module, inputs)
+    program = zoo.captured("fused_view")
     context = Context(task=own_outputs(program, batches=24), original=program)
     first = PruneHeads(count=1, samples=48).apply(program, Sites(), context)
     again = PruneHeads(**first.resolved).apply(program, Sites.of("nowhere"), context)

@@ -171,8 +171,7 @@ def test_the_ratio_is_reached(program, of):
 
 @pytest.mark.parametrize("model", ["per_head", "fused_split", "grouped", "tied_autoencoder"])
 def test_awkward_groups_fade_too(model):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     around = Context(task=own_outputs(program), original=program.clone(), seed=1)
     made = run(program, around=around, ratio=0.3, of="channels")
     told = any("normalisation" in note for note in made.notes)

@@ -24,8 +24,7 @@ FREE = ["prune.magnitude", "prune.taylor", "prune.fisher", "prune.wanda", "prune
 
 
 def setting(model="resnet", task=None):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     return program, Context(task=task or own_outputs(program), original=program)
 
 

@@ -11,7 +11,6 @@ from laconic.core.errors import DataError, RecipeError
 from laconic.engine.writeback import write_back
 from laconic.methods.base import Context, method_class
 from laconic.methods.share.cluster import Cluster
-from laconic.program.capture import capture
 from laconic.program.freezing import form_of
 from laconic.program.groups import groups
 from laconic.program.program import LOOKUP
@@ -27,7 +26,7 @@ from laconic.testing.masked import masked
 @functools.cache
 def captured(model):
     """Captured once: methods leave their input alone, and so does whoever clones it."""
-    return capture(*zoo.make(model))
+    return zoo.captured(model)
 
 
 def setting(model="plain_cnn"):

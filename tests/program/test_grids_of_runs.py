@@ -56,7 +56,7 @@ def test_frozen_stored_and_thawed_they_compute_the_same_bits(name, kind, tmp_pat
     assert is_frozen(read)
     read.example = program.example
     assert same(program, read) and same(program, thaw(read))
-    for site in weight_sites(capture(*zoo.make(name)))[0]:
+    for site in weight_sites(zoo.captured(name))[0]:
         kept, seen = form_of(frozen, site.name), form_of(program, site.name)
         assert kept.kind == seen.kind == ("affine" if kind == "int" else "levels")
         assert torch.equal(kept.decode(), seen.decode())
@@ -121,7 +121,7 @@ def test_runs_that_cut_a_channel_keep_it(kind):
 
 def test_weights_that_are_not_finite_are_refused_by_name():
     program = quantised(*zoo.make("plain_cnn"), "nf4")
-    name = weight_sites(capture(*zoo.make("plain_cnn")))[0][0].name
+    name = weight_sites(zoo.captured("plain_cnn"))[0][0].name
     broken = program.tensor(name).detach().clone()
     broken.view(-1)[0] = float("nan")
     program.set_tensor(name, nn.Parameter(broken))
@@ -143,7 +143,7 @@ def test_scales_that_do_not_fit_are_refused_when_read(kind, tmp_path):
 def test_bits_are_told_as_they_are():
     program = quantised(*zoo.make("plain_cnn"), "int")
     for held in (program, freeze(program)):
-        name = weight_sites(capture(*zoo.make("plain_cnn")))[0][0].name
+        name = weight_sites(zoo.captured("plain_cnn"))[0][0].name
         assert form(held, name) == "affine 4 bit"
 
 

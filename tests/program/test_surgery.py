@@ -131,8 +131,7 @@ def test_a_pruned_program_trains():
 @pytest.mark.parametrize("frozen", [False, True])
 @torch.no_grad()
 def test_forms_in_front_of_a_weight_are_cut_with_it(frozen):
-    model, inputs = zoo.make("no_bias")
-    program = capture(model, inputs)
+    program = zoo.captured("no_bias")
     node = next(
         n for n in program.graph.nodes if n.op == "get_attr" and n.target == "layers.0.weight"
     )

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.surgery import cut, cut_, sliced
 from laconic.testing import zoo
@@ -15,8 +14,7 @@ def halves(found):
 
 @pytest.mark.parametrize("model", ["resnet", "fused_split", "tied_autoencoder", "per_head"])
 def test_in_place_it_is_the_cut_copy_and_training_goes_on_with_the_same_objects(model):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     wanted, changes = cut(program, halves(groups(program)))
     live = program.clone().train()
     before = {name: (tensor, tensor.data_ptr()) for name, tensor in live.tensors()}
@@ -39,8 +37,7 @@ def test_in_place_it_is_the_cut_copy_and_training_goes_on_with_the_same_objects(
 
 
 def test_others_that_share_its_memory_keep_theirs():
-    module, inputs = zoo.make("plain_cnn")
-    program = capture(module, inputs)
+    program = zoo.captured("plain_cnn")
     other = program.clone()
     before = {name: tensor.clone() for name, tensor in other.tensors()}
     cut_(program, halves(groups(program)))

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from laconic.core.errors import RecipeError
 from laconic.methods.nas.supernet import Supernet
-from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
@@ -24,7 +23,7 @@ WISHES = {"width:*": [1.0, 0.75, 0.5], "depth:*": [1.0, 0.5, 0], "kernel:*": [5,
 
 
 def program_of(name):
-    return capture(*zoo.make(name))
+    return zoo.captured(name)
 
 
 def some(space, count=2):

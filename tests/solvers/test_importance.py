@@ -104,8 +104,7 @@ def test_obs_prefers_what_the_others_can_replace(setting):
 
 
 def test_heads_are_scored_as_blocks_and_shared_axes_by_fisher():
-    module, inputs = zoo.make("per_head")
-    program = capture(module, inputs)
+    program = zoo.captured("per_head")
     found = groups(program)
     scene = Scene(program, list(found), [program.example], lambda out: out.pow(2).sum())
     removals = selection.load("obs").removals(scene)
@@ -116,8 +115,7 @@ def test_heads_are_scored_as_blocks_and_shared_axes_by_fisher():
 
 def test_every_group_of_a_grouped_network_gets_a_score_or_a_note():
     for model in ("grouped", "mobilenet"):
-        module, inputs = zoo.make(model)
-        program = capture(module, inputs)
+        program = zoo.captured(model)
         found = groups(program)
         scene = Scene(program, list(found), [program.example], lambda out: out.pow(2).sum())
         for name in ALL:
@@ -226,8 +224,7 @@ def test_random_depends_on_the_seed_alone(setting):
 
 @pytest.mark.parametrize("model", ["per_head", "plain_cnn", "densenet"])
 def test_activations_of_heads_flattened_maps_and_concatenations(model):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     found = groups(program)
     scene = Scene(program, list(found), [program.example])
     for name in ("entropy", "apoz", "geometric_median"):

@@ -124,8 +124,7 @@ def test_layers_of_one_shape_are_measured_once():
         asked.append(len(programs))
         return clock(programs)
 
-    module, inputs = zoo.make("resnet")
-    program = capture(module, inputs)
+    program = zoo.captured("resnet")
     found = groups(program)
     table = measure(found, choices_of(found, block=1, floor=1), counting)
     layers = sum(len(kind.nodes) for kind in table.kinds)
@@ -150,8 +149,7 @@ PROBED = ["densenet", "grouped", "unet", "sound", "fused_view", "batched_heads",
 
 @pytest.mark.parametrize("model", PROBED)
 def test_a_probe_has_the_shapes_of_the_layer_in_the_cut_network(model):
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     found = groups(program)
     keep = {group.name: range(max(1, group.size // 2)) for group in found}
     small = cut(program, keep, found)[0]

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from laconic.core.errors import RecipeError
-from laconic.program.capture import capture
 from laconic.program.groups import groups
 from laconic.program.sites import Sites
 from laconic.program.surgery import cut
@@ -17,7 +16,7 @@ MODELS = ["plain_cnn", "padded_shortcut", "densenet", "fused_split", "per_head",
 
 @pytest.mark.parametrize("model", MODELS)
 def test_shapes_of_a_cut_network_give_its_sizes_back(model):
-    program = capture(*zoo.make(model))
+    program = zoo.captured(model)
     found = groups(program)
     sizes = slices.counts(found, 0.6, Sites())
     assert sizes
@@ -28,7 +27,7 @@ def test_shapes_of_a_cut_network_give_its_sizes_back(model):
 
 
 def test_shares_round_and_nothing_becomes_empty():
-    found = groups(capture(*zoo.make("no_bias")))  # groups of 24 and 16
+    found = groups(zoo.captured("no_bias"))  # groups of 24 and 16
     assert slices.counts(found, 0.5, Sites()) == {"layers.0.out": 12, "layers.2.out": 8}
     assert set(slices.counts(found, 0.001, Sites()).values()) == {1}
     assert slices.counts(found, 1.0, Sites()) == {}
@@ -39,7 +38,7 @@ def test_shares_round_and_nothing_becomes_empty():
 
 
 def test_a_share_takes_heads_and_not_what_is_inside_them():
-    found = groups(capture(*zoo.make("fused_split")))
+    found = groups(zoo.captured("fused_split"))
     names = slices.counts(found, 0.5, Sites())
     assert any(found.find(name).atom.hint == "heads" for name in names)
     assert not any(found.find(name).atom.hint == "head_dim" for name in names)

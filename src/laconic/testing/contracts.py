@@ -20,7 +20,6 @@ from laconic.core.errors import RecipeError
 from laconic.core.recipe import Recipe, Step
 from laconic.core.task import Task, first_tensor
 from laconic.methods.base import Context, Method, Outcome, method_class, method_of
-from laconic.program.capture import capture
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.testing import zoo
@@ -40,8 +39,7 @@ class Case:
 
 def case(method: str, model: str, **options: Any) -> Case:
     """Run a method, with its `quick` options, on a model of the zoo."""
-    module, inputs = zoo.make(model)
-    program = capture(module, inputs)
+    program = zoo.captured(model)
     made = method_class(method)
     chosen = made(**{**made.quick, **options})
     context = Context(task=own_outputs(program), original=program.clone(), seed=1)

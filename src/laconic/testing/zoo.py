@@ -5,12 +5,16 @@
 torch.Size([2, 5])
 """
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from laconic.program.capture import capture
+from laconic.program.program import Program
 from laconic.testing import zoo_attention, zoo_convolution, zoo_linear
 
 Inputs: TypeAlias = tuple[Tensor, ...]
@@ -37,6 +41,16 @@ def make(name: str, seed: int = 0) -> tuple[nn.Module, Inputs]:
         torch.manual_seed(seed)
         model, inputs = ZOO[name]()
     return shake(model, seed), inputs
+
+
+def captured(name: str) -> Program:
+    """The model `name` as a Program of its own; it is captured once in a process."""
+    return copy.deepcopy(_captured(name))
+
+
+@functools.cache
+def _captured(name: str) -> Program:
+    return capture(*make(name))
 
 
 def shake(model: nn.Module, seed: int = 0, keep: Sequence[str] = ()) -> nn.Module:
