@@ -191,3 +191,21 @@ def test_contradictions_are_refused(setting):
 
 def test_names_of_levels_are_those_of_the_form():
     assert set(levels.NAMES) < set(GRIDS)
+
+
+def test_what_no_kernel_takes_is_said(setting):
+    """Small in the file only; linear layers in groups, and weights behind activations, are not."""
+    program, context = setting
+    alone = apply(setting, bits=4, first_last=None)
+    assert "openvino has no kernel for 3 of the weights" in alone.notes[-1]
+    assert "one.weight, two.weight, three.weight" in alone.notes[-1]
+    wide = capture(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32)).eval(), torch.randn(2, 64))
+    groups = {"bits": 4, "group": 16, "first_last": None}
+    assert not apply(setting, program=wide, **groups).notes
+    other = Context(task=context.task, original=program, runtime="inductor")
+    assert "inductor has no kernel for 2 of" in apply((wide, other), **groups).notes[-1]
+    static = method_class("quantize.static")(weights=False, samples=8, skip_above=None)
+    held = static.apply(program, Sites(), context).program
+    assert not apply(setting, program=held, bits=4, first_last=None).notes
+    signs = apply(setting, program=held, grid="binary", first_last=None).notes[-1]
+    assert "no kernel for 3 of the weights" in signs

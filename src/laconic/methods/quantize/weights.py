@@ -39,6 +39,7 @@ from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.quantization import insertion, ranges
+from laconic.solvers.quantization.kernels import without_kernel
 from laconic.solvers.quantization.ranges import Grid
 from laconic.solvers.quantization.weight_correction import CorrectionOptions
 from laconic.solvers.quantization.weight_rounding import GridOptions, Rounding, opened
@@ -102,6 +103,7 @@ class QuantizeWeights(GridOptions, CorrectionOptions, Method):
         made = work.program
         made.drop_unused()
         made.recompile()
+        work.notes += without_kernel(made, context.runtime)
         return Outcome(
             program=freeze(made) if self.freeze else made,
             resolved=self.model_dump(mode="json", exclude_defaults=True),

@@ -19,6 +19,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import insertion, output_ranges, ranges
+from laconic.solvers.quantization.kernels import without_kernel
 from laconic.solvers.quantization.ranges import Grid
 from laconic.solvers.quantization.weight_sites import (
     WeightSite,
@@ -67,6 +68,7 @@ class Rounding:
         notes: sentences for the outcome.
         grids: of the weights that have been settled.
         moments: weight → second moments of its inputs, if the weights' ranges need them.
+        runtime: whose kernels count.
     """
 
     program: Program
@@ -76,6 +78,7 @@ class Rounding:
     notes: list[str]
     grids: dict[str, Grid] = field(default_factory=dict[str, Grid])
     moments: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    runtime: str = "openvino"
 
     def grid(self, site: WeightSite, weight: Tensor) -> Grid:
         """The grid for a site whose weight is `weight`."""
@@ -114,6 +117,7 @@ class Rounding:
         made = self.program
         made.drop_unused()
         made.recompile()
+        self.notes += without_kernel(made, self.runtime)
         return freeze(made) if self.options.freeze else made
 
     def figures(self) -> dict[str, Any]:
@@ -154,7 +158,7 @@ def opened(program: Program, sites: Sites, options: GridOptions, setting: Settin
     found, notes = weight_sites(copied)
     names = set(choose_sites(copied, sites, [site.name for site in found]))
     bits = _bits(copied, found, options)
-    work = Rounding(copied, [], bits, options, [*folded.notes, *notes])
+    work = Rounding(copied, [], bits, options, [*folded.notes, *notes], runtime=setting.runtime)
     if options.weight_range == "output":
         batches = list(calibration(copied, setting, output_ranges.SAMPLES))
         work.moments = output_ranges.moments(copied, names, batches, setting.progress)
