@@ -19,6 +19,7 @@ from benchmarks.stages import Said, Stages, apply
 from benchmarks.subjects import Subject, subject
 from laconic.methods.base import Context
 from laconic.program.program import Program
+from laconic.reports.front import Front, Point
 from laconic.runtimes.base import PRECISIONS, Precision
 from laconic.runtimes.openvino import OpenVino
 
@@ -35,6 +36,22 @@ def rows(bench: Bench) -> dict[str, Row]:
         if bench.wanted(row):
             found[row] = bench.row(row, lambda name=name: _row(bench, name), threads=THREADS)
     return found
+
+
+def page(name: str, row: Row) -> Front:
+    """The chart of one row: accuracy against milliseconds at batch 1."""
+    series: dict[str, list[Point]] = {"one precision for all": [], "integers where they pay": []}
+    for label in (key.removesuffix("_ms_b1") for key in row if key.endswith("_ms_b1")):
+        kind = "integers where they pay" if label.startswith("where") else "one precision for all"
+        series[kind].append(Point(row[f"{label}_ms_b1"], row[f"{label}_validation"], label))
+    return Front(
+        f"Where integers pay: {name}",
+        f"{row['int8_ms_b1']:.3g} ms in integers everywhere, {row['float_ms_b1']:.3g} in floats.",
+        "batch 1, ms", "on validation: accuracy in %, or mean cosine",
+        {kind: points for kind, points in series.items() if points},
+        [f"OpenVINO, {THREADS} threads at most, all in turns in one run; floats are bf16 where the "
+         "CPU has it."],
+    )  # fmt: skip
 
 
 def _row(bench: Bench, name: str) -> Row:

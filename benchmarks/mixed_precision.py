@@ -4,7 +4,8 @@ Rows: `w2` .. `w8` (every weight at the same bits), `mixed_3.0` .. (`quantize.mi
 number of bits, harms measured at the outputs), `fisher_3.0` .. (harms from gradients), each rounded
 to nearest, no training; accuracy on validation rows, bytes of the entropy-coded file. `test`: all
 of them on the test rows, once. A page with the chart is written beside the JSON. `vit_where`,
-`minilm_where`, `resnet20_where`: accuracy against milliseconds (`benchmarks/integers_where.py`).
+`minilm_where`, `resnet20_where`: accuracy against milliseconds (`benchmarks/integers_where.py`),
+each with a chart of its own.
 
     python -m benchmarks.mixed_precision [--depth 56]
 """
@@ -105,7 +106,10 @@ def main(argv: list[str] | None = None) -> Row:
     base = bench.row("base", lambda: {"val": job.net.score(job.net.model, "validation")})
     rows = job.rows()
     bench.row("test", lambda: front_row(job, list(rows)), of=rows)
-    integers_where.rows(bench)
+    for name, row in integers_where.rows(bench).items():
+        if row:
+            target = bench.path.with_name(f"{bench.path.stem}_{name}.html")
+            front.write(integers_where.page(name.removesuffix("_where"), row), target)
     held = page(job, rows, base.get("val", 0.0))
     front.write(held, bench.path.with_suffix(".html"))
     every = [point for points in held.series.values() for point in points]
