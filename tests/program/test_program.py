@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 
 from laconic.core.errors import SurgeryError
 from laconic.program.capture import capture
+from laconic.testing import zoo
 
 
 @pytest.fixture
@@ -43,6 +44,27 @@ def test_propagate_writes_concrete_shapes(program):
     assert shapes["linear_2"] == (2, 2)
     program.propagate((torch.ones(7, 6),))
     assert next(n for n in program.graph.nodes if n.name == "linear_2").meta["shape"] == (7, 2)
+
+
+class Compared(fx.Interpreter):
+    """A real run; every tensor has the shape and dtype that stand at its node."""
+
+    def run_node(self, n):
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            assert (n.meta["shape"], n.meta["dtype"]) == (tuple(value.shape), value.dtype), n
+        return value
+
+
+@pytest.mark.parametrize("name", ["resnet", "fused_split", "tied_language_model"])
+def test_propagated_shapes_are_those_of_a_run(name):
+    program = zoo.captured(name)
+    for held, tensor in list(program.tensors()):
+        if tensor.ndim == 2:  # strides of its own
+            program.set_tensor(held, tensor.detach().t().contiguous().t())
+    program.propagate()
+    with torch.no_grad():
+        Compared(program, graph=program.graph).run(*program.example)
 
 
 def test_propagate_names_the_node_that_does_not_fit(program):

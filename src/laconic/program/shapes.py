@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from laconic.core.errors import LaconicError, SurgeryError, first_line
 
@@ -20,8 +20,13 @@ class Shapes(fx.Interpreter):
 
     def __init__(self, program: "Program", mode: FakeTensorMode) -> None:
         super().__init__(program, graph=program.graph)
-        self._mode = mode
-        self._program = program
+        targets = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+        held = {target: program.tensor(target).detach() for target in targets}
+        # `mode.from_tensor` would follow views and storages, which takes longer than all the rest
+        self._held = {
+            target: FakeTensor(mode, tensor.to("meta"), tensor.device)
+            for target, tensor in held.items()
+        }
 
     @classmethod
     def write(cls: type[Self], program: "Program", example: Sequence[Tensor]) -> None:
@@ -30,8 +35,10 @@ class Shapes(fx.Interpreter):
         Raises:
             LaconicError: an operator refuses its inputs; names the node.
         """
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
-            cls(program, mode).run(*(mode.from_tensor(tensor) for tensor in example))
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        shapes = cls(program, mode)
+        with mode, torch.no_grad():
+            shapes.run(*(mode.from_tensor(tensor) for tensor in example))
 
     def refusal(self, n: fx.Node, error: Exception) -> LaconicError:
         """What an operator that refuses its inputs is reported as."""
@@ -41,7 +48,7 @@ class Shapes(fx.Interpreter):
         )
 
     def fetch_attr(self, target: str) -> Any:
-        return self._mode.from_tensor(self._program.tensor(target).detach())
+        return self._held[target]
 
     def run_node(self, n: fx.Node) -> Any:
         try:
