@@ -54,4 +54,5 @@ def test_the_page_needs_no_other_file(result):
     assert 'src="' not in text
     assert 'href="http' not in text
     assert "<head> is frozen" not in text  # notes are escaped
+    assert "&lt;head&gt; is frozen: it is an output" in text  # and stand in the page
     assert "&lt;head&gt; is frozen" in text

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from laconic import runtimes
+from laconic import runtimes, storage
 from laconic.core.task import classification
 from laconic.methods.base import Context
 from laconic.methods.quantize.static import QuantizeStatic
 from laconic.program.capture import capture
+from laconic.program.freezing import freeze
 from laconic.program.program import FAKE_QUANTIZE
 from laconic.program.sites import Sites
 from laconic.runtimes import inductor
@@ -134,6 +135,21 @@ def test_resnet20_has_the_same_classes_and_the_same_accuracy(name, data_dir, tmp
 def test_every_layer_of_resnet20_is_within_one_step(name, data_dir, tmp_path):
     program, _ = resnet20(data_dir)
     check(program, runner(name, opened(program), tmp_path))
+
+
+@pytest.mark.data
+def test_files_of_resnet20_are_about_a_quarter(data_dir, tmp_path):
+    from benchmarks import models
+
+    weights = data_dir / "resnet_cifar10" / "resnet20.safetensors"
+    plain = capture(models.cifar_resnet(20, weights), torch.zeros(2, 3, 32, 32))
+    program = freeze(resnet20(data_dir)[0])
+    assert storage.predict(program).total < 0.3 * storage.predict(plain).total
+    sizes = [
+        runtimes.get("onnxruntime").write(made, tmp_path / f"{name}.onnx", name).stat().st_size
+        for made, name in ((program, "int8"), (plain, "fp32"))
+    ]
+    assert sizes[0] < 0.36 * sizes[1]  # names and operators are a tenth of so small a file
 
 
 def test_what_inductor_compiles_has_the_programs_codes():
