@@ -8,6 +8,7 @@ recovery see training images without their labels.
     python -m benchmarks.resnet56_main [--weights FILE --depth N]
 """
 
+import copy
 from argparse import Namespace
 from collections.abc import Callable
 from functools import cached_property
@@ -64,6 +65,7 @@ class Job:
         self.recover = RECOVER | ({"steps": 3} if self.quick else {})
         self.quantize = QUANTIZE | ({"samples": 32} if self.quick else {})
         self.recipe = [self.prune, self.recover, self.quantize]
+        self.peers: dict[str, Any] = {}  # made once in a run
 
     @cached_property
     def program(self) -> Program:
@@ -73,7 +75,7 @@ class Job:
     def split(self, name: str) -> Images:
         """The rows of a split; a slice of them with `--quick`."""
         images = cifar10(name)
-        return images[:400] if self.quick else images
+        return images[:200] if self.quick else images
 
     @cached_property
     def task(self) -> Task:
@@ -122,11 +124,15 @@ def inner_only(model: nn.Module) -> list[nn.Module]:
 
 def torch_pruned(job: Job, importance: str) -> nn.Module:
     """Torch-Pruning at the same MACs, gradients (where wanted) from the calibration images."""
+    if importance in job.peers:
+        return copy.deepcopy(job.peers[importance])
     count = 64 if job.quick else CALIBRATION
     images = cifar10("train")[:count]
     data = list(zip(images.tensor().split(32), images.labels.split(32), strict=True))
-    return peers.torch_pruning(job.model, torch.zeros(1, 3, 32, 32), RATIO, importance, data,
-                               inner_only)  # fmt: skip
+    job.peers[importance] = peers.torch_pruning(
+        job.model, torch.zeros(1, 3, 32, 32), RATIO, importance, data, inner_only
+    )
+    return copy.deepcopy(job.peers[importance])
 
 
 def torch_pruning_row(job: Job) -> Row:
@@ -148,9 +154,12 @@ def torch_pruning_row(job: Job) -> Row:
 
 def nncf_model(job: Job, settings: str) -> Any:
     """`nncf.quantize` of the original on 300 training images."""
-    images = cifar10("train")[: 32 if job.quick else 300].tensor()
-    original = peers.openvino_model(job.model, (images[:1],))
-    return peers.nncf_int8(original, [[image[None].numpy()] for image in images], settings=settings)
+    if settings not in job.peers:
+        images = cifar10("train")[: 32 if job.quick else 300].tensor()
+        original = peers.openvino_model(job.model, (images[:1],))
+        data = [[image[None].numpy()] for image in images]
+        job.peers[settings] = peers.nncf_int8(original, data, settings=settings)
+    return job.peers[settings]
 
 
 def nncf_row(job: Job) -> Row:
@@ -172,7 +181,7 @@ def in_openvino(model: Any, threads: int) -> Callable[[Tensor], Tensor]:
 def ours(job: Job, stage: str, precision: Precision, batch: int) -> peers.Runner:
     """A stage's artifact as OpenVINO runs it."""
     runtime, program = OpenVino(), job.stages.program(stage)
-    path = runtime.write(program, job.stages.folder / f"{stage}-{precision}.xml", precision)
+    path = job.stages.file(stage, precision)
     return runtime.load(path, precision, job.threads, fixed_shapes(program, batch)).run
 
 
@@ -193,7 +202,7 @@ def stage_rows(job: Job) -> dict[str, Row]:
         return {"val": job.score(program, "validation")}
 
     def quantized(program: Program) -> Row:
-        path = OpenVino().write(program, job.stages.folder / "int8.xml", "int8")
+        path = job.stages.file("int8", "int8")
         size = sum(file.stat().st_size for file in OpenVino().files(path))
         deployed = our_model(job, "int8", "int8")
         return {"val": job.score(deployed, "validation"), "openvino_bytes": size,
@@ -266,7 +275,7 @@ def latency_row(job: Job) -> Row:
         for name, runner in found.items():
             runners[f"{name}_b{batch}"] = runner
             inputs[f"{name}_b{batch}"] = job.arrays(batch)
-    rounds, seconds = (2, 0.05) if job.quick else (11, 0.3)
+    rounds, seconds = (1, 0.02) if job.quick else (11, 0.3)
     timed = peers.interleaved(runners, inputs, rounds=rounds, seconds=seconds)
     flat: Row = {"threads": job.threads, "busy": max(x["busy"] for x in timed.values())}
     for name, values in timed.items():
