@@ -14,9 +14,9 @@ from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.testing import zoo
 
 
-def quantised(model, inputs, bits=8):
+def quantised(captured, bits=8):
     """The captured model with all its weights behind fake quantisation."""
-    program = capture(model, inputs).clone()
+    program = captured.clone()
     program.propagate()
     for site in weight_sites(program)[0]:
         weight = program.tensor(site.name)
@@ -44,7 +44,7 @@ TIED = (Tied().eval(), torch.arange(8).reshape(2, 4))
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("name", ["plain_cnn", "resnet", "tied_autoencoder", "fused_split"])
 def test_freezing_and_thawing_change_no_bit(name, bits):
-    program = quantised(*zoo.make(name), bits)
+    program = quantised(zoo.captured(name), bits)
     frozen = freeze(program)
     again = thaw(frozen)
     assert is_frozen(frozen) and not is_frozen(program) and not is_frozen(again)
@@ -63,7 +63,7 @@ def test_freezing_and_thawing_change_no_bit(name, bits):
 
 
 def test_the_input_is_left_as_it_was():
-    program = quantised(*zoo.make("plain_cnn"))
+    program = quantised(zoo.captured("plain_cnn"))
     before = {n: t.clone() for n, t in program.tensors()}
     code = str(program.graph)
     freeze(program)
@@ -72,7 +72,7 @@ def test_the_input_is_left_as_it_was():
 
 
 def test_a_tied_weight_is_frozen_once_under_both_names():
-    program = quantised(*TIED)
+    program = quantised(capture(*TIED))
     frozen = freeze(program)
     assert frozen.state_dict()["embed.weight"].dtype == torch.int8
     assert frozen.state_dict()["head.weight"].data_ptr() == (
@@ -83,7 +83,7 @@ def test_a_tied_weight_is_frozen_once_under_both_names():
 
 
 def test_a_thawed_program_trains():
-    program = thaw(freeze(quantised(*zoo.make("plain_cnn")))).train()
+    program = thaw(freeze(quantised(zoo.captured("plain_cnn")))).train()
     loss = sum(out.square().sum() for out in program.run_flat(*program.example))
     loss.backward()
     grads = {n: p.grad for n, p in program.named_parameters() if p.ndim > 1}
@@ -91,7 +91,7 @@ def test_a_thawed_program_trains():
 
 
 def test_a_weight_that_is_also_read_as_it_is_stays_float():
-    program = quantised(*zoo.make("plain_cnn"))
+    program = quantised(zoo.captured("plain_cnn"))
     node = next(n for n in program.graph.nodes if n.target is FAKE_QUANTIZE)
     weight = node.args[0]
     with program.graph.inserting_after(node):
@@ -105,9 +105,9 @@ def test_a_weight_that_is_also_read_as_it_is_stays_float():
 
 @pytest.mark.parametrize("state", [lambda p: p, freeze], ids=["training", "frozen"])
 def test_form_of_reads_both_states(state):
-    program = quantised(*zoo.make("resnet"), 4)
+    program = quantised(zoo.captured("resnet"), 4)
     made = state(program)
-    name = weight_sites(quantised(*zoo.make("resnet")))[0]
+    name = weight_sites(quantised(zoo.captured("resnet")))[0]
     assert name == []  # every weight is behind a node already, so none is left to quantise
     quantised_names = [n.args[0].target for n in program.graph.nodes if n.target is FAKE_QUANTIZE]
     for weight in quantised_names:
@@ -124,7 +124,7 @@ def test_form_of_reads_both_states(state):
 
 
 def test_form_of_a_plain_tensor_and_of_a_tied_name():
-    program = quantised(*TIED)
+    program = quantised(capture(*TIED))
     form = form_of(program, "head.weight")
     assert isinstance(form, Affine) and form.codes.shape == (11, 6)
     name = next(name for name, _ in program.tensors() if name.endswith("_scale"))
@@ -133,7 +133,7 @@ def test_form_of_a_plain_tensor_and_of_a_tied_name():
 
 
 def test_a_frozen_weight_without_a_noted_grid_takes_the_smallest_that_holds_its_codes():
-    program = freeze(quantised(*zoo.make("plain_cnn"), 4))
+    program = freeze(quantised(zoo.captured("plain_cnn"), 4))
     for node in program.graph.nodes:
         node.meta.pop("grid", None)
     weight = next(n.args[0].target for n in program.graph.nodes if n.target is DEQUANTIZE)

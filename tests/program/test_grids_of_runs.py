@@ -20,9 +20,9 @@ from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.testing import zoo
 
 
-def quantised(model, inputs, kind, runs=2):
+def quantised(captured, kind, runs=2):
     """Every weight on `kind`, "int" or levels, its slices cut into `runs` where that is possible."""
-    program = capture(model, inputs).clone()
+    program = captured.clone()
     program.propagate()
     for site in weight_sites(program)[0]:
         weight, group = program.tensor(site.name).detach(), None
@@ -47,7 +47,7 @@ def same(one, other):
 @pytest.mark.parametrize("kind", ["int", *levels.NAMES])
 @pytest.mark.parametrize("name", ["plain_cnn", "tied_autoencoder", "fused_split"])
 def test_frozen_stored_and_thawed_they_compute_the_same_bits(name, kind, tmp_path):
-    program = quantised(*zoo.make(name), kind)
+    program = quantised(zoo.captured(name), kind)
     frozen = freeze(program)
     assert is_frozen(frozen) and same(program, frozen) and same(program, thaw(frozen))
     path = tmp_path / "model.laconic"
@@ -85,7 +85,7 @@ class Chain(nn.Module):
 
 def chain(kind, runs):
     torch.manual_seed(1)
-    return quantised(Chain().eval(), torch.randn(2, 3, 9, 9), kind, runs)
+    return quantised(capture(Chain().eval(), torch.randn(2, 3, 9, 9)), kind, runs)
 
 
 @pytest.mark.parametrize("kind", ["int", "nf4"])
@@ -120,7 +120,7 @@ def test_runs_that_cut_a_channel_keep_it(kind):
 
 
 def test_weights_that_are_not_finite_are_refused_by_name():
-    program = quantised(*zoo.make("plain_cnn"), "nf4")
+    program = quantised(zoo.captured("plain_cnn"), "nf4")
     name = weight_sites(zoo.captured("plain_cnn"))[0][0].name
     broken = program.tensor(name).detach().clone()
     broken.view(-1)[0] = float("nan")
@@ -131,7 +131,7 @@ def test_weights_that_are_not_finite_are_refused_by_name():
 
 @pytest.mark.parametrize("kind", ["int", "nf4"])
 def test_scales_that_do_not_fit_are_refused_when_read(kind, tmp_path):
-    program = freeze(quantised(*zoo.make("plain_cnn"), kind))
+    program = freeze(quantised(zoo.captured("plain_cnn"), kind))
     name = next(n for n, t in program.tensors() if n.endswith("_scale") and t.ndim == 2)
     rows, size = len(program.tensor(name)), program.tensor(name.removesuffix("_scale"))[0].numel()
     program.set_tensor(name, torch.ones(rows, size + 1))
@@ -141,14 +141,14 @@ def test_scales_that_do_not_fit_are_refused_when_read(kind, tmp_path):
 
 
 def test_bits_are_told_as_they_are():
-    program = quantised(*zoo.make("plain_cnn"), "int")
+    program = quantised(zoo.captured("plain_cnn"), "int")
     for held in (program, freeze(program)):
         name = weight_sites(zoo.captured("plain_cnn"))[0][0].name
         assert form(held, name) == "affine 4 bit"
 
 
 def test_codes_beyond_the_levels_are_refused(tmp_path):
-    program = freeze(quantised(*zoo.make("plain_cnn"), "binary"))
+    program = freeze(quantised(zoo.captured("plain_cnn"), "binary"))
     name = next(n for n, t in program.tensors() if t.dtype == torch.uint8)
     program.set_tensor(name, program.tensor(name) + 1)
     storage.save(program, tmp_path / "m.laconic")
