@@ -21,6 +21,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 @given(tensors(), st.integers(1, 8), st.booleans())
 @example(torch.tensor([1e-45]), 2, False)
+@example(torch.tensor([1e-42]), 6, False)
 @settings(max_examples=200, deadline=None)
 def test_the_range_is_covered_and_zero_stays(x, bits, per_token):
     out = dynamic_quantize(x, bits, per_token)
@@ -29,9 +30,11 @@ def test_the_range_is_covered_and_zero_stays(x, bits, per_token):
     if x.numel():
         scale, zero = affine.grid_of(x, bits, per_token)
         assert bool((scale > 0).all()) and bool(((zero >= 0) & (zero < 2**bits)).all())
-        # half a step for the code and half for the zero point, both rounded in float32
+        # half a step for the code and half for the zero point, both rounded in float32; a scale
+        # that is a denormal is itself wrong by up to half the least one, as often as there are codes
         off = (out.double() - x.double()).abs()
-        assert bool((off <= scale.double() * (1 + 2.0**-20 * 2**bits)).all())
+        slack = 2.0**-150 * 2**bits
+        assert bool((off <= scale.double() * (1 + 2.0**-20 * 2**bits) + slack).all())
         if per_token:
             rows = [dynamic_quantize(row, bits, True) for row in x.reshape(-1, x.shape[-1])]
             assert torch.equal(out.reshape(-1, x.shape[-1]), torch.stack(rows))
