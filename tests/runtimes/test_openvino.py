@@ -6,9 +6,14 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from laconic.core.errors import ExportError
+from laconic.core.task import embedding
 from laconic.measuring.parity import parity
+from laconic.methods.base import Context, method_class
+from laconic.program.capture import capture
+from laconic.program.sites import Sites
 from laconic.runtimes import fixed_shapes, get
 from laconic.runtimes.openvino import openvino
 
@@ -55,6 +60,34 @@ def test_int8_runs_integer_kernels_and_fuses_the_residual_addition(quantized, tm
     assert set(kernels["Convolution"]) <= {"u8", "i8"}
     assert set(kernels["FullyConnected"]) <= {"u8", "i8"}
     assert "Eltwise" not in kernels  # the addition is part of a convolution
+
+
+class Tokens(nn.Module):
+    """Patches of an image as tokens: the convolution is as wide as the layers behind it."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_layers_of_one_width_all_run_in_integers(tmp_path):
+    """Their zero points are one constant, which OpenVINO takes for the float input of many."""
+    x = torch.randn(16, 3, 16, 16)
+    program = capture(Tokens().eval(), (x[:2],))
+    context = Context(task=embedding(calibration=[((x,), None)]), original=program)
+    made = method_class("quantize.static")().apply(program, Sites(), context).program
+    runner = OV.load(OV.write(made, tmp_path / "m.xml", "int8"), "int8", 1)
+    kernels = _kernels(runner)
+    assert (len(kernels["Convolution"]), len(kernels["FullyConnected"])) == (1, 3)
+    assert {*kernels["Convolution"], *kernels["FullyConnected"]} <= {"u8", "i8"}
+    assert parity(made, runner.run, [(x,)], precision="int8").ok
 
 
 def test_int8_weights_are_integers_on_disk(quantized, residual, tmp_path):

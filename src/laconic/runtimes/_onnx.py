@@ -50,6 +50,7 @@ def write_onnx(program: Program, path: Path, branches: bool = False) -> Path:
     _transpose_codes(model)
     integer_products(model)
     blocked_weights(model)
+    _drop_zero_points(model)
     _strip(model)
     _save(model, path)
     return path
@@ -163,6 +164,24 @@ def _transpose_codes(model: _IR) -> None:
             source.attributes["axis"] = ir.AttrInt64("axis", perm.index(axis))
         node.outputs[0].replace_all_uses_with(source.outputs[0], replace_graph_outputs=True)
         graph.remove(node, safe=True)
+
+
+def _drop_zero_points(model: _IR) -> None:
+    """Leave out zero points of stored codes that are all zero: nothing stands for them.
+
+    Layers of one width share that constant, and OpenVINO keeps weights in floats, whose zero point
+    others read too.
+    """
+    graph = model.graph
+    for node in graph:
+        if node.op_type != "DequantizeLinear" or len(node.inputs) < 3 or node.inputs[2] is None:
+            continue
+        codes, zero = node.inputs[0].const_value, node.inputs[2]
+        if codes is None or zero.const_value is None or zero.const_value.numpy().any():
+            continue
+        node.resize_inputs(2)
+        if not zero.uses():
+            graph.initializers.pop(zero.name, None)
 
 
 def _strip(model: _IR) -> None:
