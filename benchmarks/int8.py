@@ -33,9 +33,8 @@ from laconic.storage import predict, save
 QUANTIZE: dict[str, dict[str, Any]] = {
     "default": {"method": "quantize.static"},
     "extremes": {"method": "quantize.static", "range": "minmax"},
-    "guarded": {"method": "quantize.static", "range": "minmax", "skip_above": 2e-4},
 }
-OURS = {"minilm": ("default", "extremes", "guarded")}
+OURS = {"minilm": ("default", "extremes")}
 NNCF = {"minilm": ("transformer", "default"), "vit": ("transformer", "default")}
 ORT = {"minilm": ("dynamic", "default")}  # its percentiles hold every activation in memory
 ORT_ELSE = ("channels", "default", "percentile")
