@@ -19,6 +19,7 @@ _STEPS = 2000  # fewer do not give back the last images: LAB.md, digits
 _EMA, _AVERAGED = 0.998, 1000
 _MINUTES = 3.0  # the longest recovery where the budget sets no time
 _REST = 1.7  # teacher and optimizer, beside the student's forward and backward pass
+_COARSE = {"pieces": 8, "tries": 3}  # each piece is an export and a measurement
 _KINDS = (
     ("as it is", "fold", Step(method="simplify.fold")),
     ("integers", "int8", Step(method="quantize.static")),
@@ -75,7 +76,7 @@ def paying(recipe: Recipe, budget: Budget) -> Chain:
     if budget.minimize != "latency":
         return Chain("integers where they pay", [])
     steps = [last] if last.method == "quantize.static" else [_KINDS[1][2]]
-    steps.append(Step(method="quantize.where", options={"batch": budget.batch}))
+    steps.append(Step(method="quantize.where", options={"batch": budget.batch, **_COARSE}))
     made = Recipe(steps=(*before, *steps), name=f"{recipe.name}, integers where they pay")
     return Chain("integers where they pay", [made])
 
