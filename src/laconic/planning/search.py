@@ -177,8 +177,10 @@ class Search:
             for each, measured in zip(accepted, again, strict=True)
         ]
         self.tried = [next((s for s in settled if s.ran is each.ran), each) for each in self.tried]
-        strongest = min(least(each.objective) for each in settled)
-        best = [each for each in settled if least(each.objective) <= strongest * (1 + _TIE)]
+        strongest = min((each.objective for each in settled), key=least)
+        # on a disturbed machine turns differ by more than the tie: what cannot be told apart ties
+        limit = max(least(strongest) * (1 + _TIE), strongest.value)
+        best = [each for each in settled if least(each.objective) <= limit]
         return min(best, key=lambda each: self.objective.file_bytes(each.way))
 
     def candidates(self, chosen: Tried) -> list[Candidate]:
