@@ -3,8 +3,8 @@
 First and last layer have 8 bits, as in the published results. Every row starts from the trained
 float network and learns from it on augmented training images; nothing stops early and the last
 state is kept, so that the validation rows only report. `test`: all rows on the images that nothing
-was chosen on, and on all 10,000, as published. Steps were chosen so that no row takes an hour, on
-one core already (`seconds` of a row's training).
+was chosen on, and on all 10,000, as published. `seconds` is what the training of a row took:
+an hour is what it may take on two cores that do nothing else.
 
     python -m benchmarks.qat [--steps 3000] [--only w4a4] [--quick]
 """

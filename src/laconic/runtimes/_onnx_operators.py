@@ -156,7 +156,7 @@ def _batch_norm(
 
     del momentum, cudnn
     if training or any(side is None for side in (weight, bias, mean, variance)):
-        raise NotImplementedError  # decomposed instead
+        raise NotImplementedError  # as `missing` says
     return op.BatchNormalization(x, weight, bias, mean, variance, epsilon=eps)
 
 
