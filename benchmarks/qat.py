@@ -25,11 +25,11 @@ CALIBRATION = 1_024
 TRAIN: dict[str, Any] = {"method": "quantize.train", "samples": CALIBRATION, "first_last": 8}
 BINARY: dict[str, Any] = {"method": "quantize.binary", "samples": CALIBRATION, "first_last": 8}
 ROWS: dict[str, dict[str, Any]] = {
-    "w4a4": TRAIN | {"bits": 4, "activations": 4, "steps": 1_000},
-    "w3a3": TRAIN | {"bits": 3, "activations": 3, "steps": 2_000},
+    "w4a4": TRAIN | {"bits": 4, "activations": 4, "steps": 3_000},
+    "w3a3": TRAIN | {"bits": 3, "activations": 3, "steps": 5_000},
     "w2a2": TRAIN | {"bits": 2, "activations": 2, "steps": 5_000},
     "w1a1": BINARY | {"lr": 0.1, "steps": 4_500},
-    "w1": BINARY | {"activations": False, "steps": 2_500},
+    "w1": BINARY | {"activations": False, "steps": 6_000},
 }
 TARGETS = {"w4a4": 91.7, "w3a3": 91.5, "w2a2": 90.8, "w1a1": 88.1, "w1": 90.2}
 

@@ -115,7 +115,7 @@ def test_effective_bits_are_counted(setting):
     assert figures["effective_bits"] == pytest.approx(sum(stored) / sum(sizes))
 
 
-@pytest.mark.parametrize("correction", ["analytic", "empirical"])
+@pytest.mark.parametrize("correction", ["analytic", "empirical", "batch_norm"])
 def test_a_correction_brings_the_mean_output_back(setting, correction):
     program, context = setting
 
@@ -128,6 +128,30 @@ def test_a_correction_brings_the_mean_output_back(setting, correction):
     plain = apply(setting, grid="ternary", first_last=None).program
     corrected = apply(setting, grid="ternary", first_last=None, bias_correction=correction).program
     assert off(corrected) < 0.6 * off(plain)
+
+
+@pytest.mark.parametrize("grid", ["int", "nf4", "binary", "mxfp4"])
+def test_batch_norm_correction_brings_the_spread_of_each_channel_back(setting, grid):
+    program, context = setting
+    options = {"grid": grid, "first_last": None} | ({"bits": 2} if grid == "int" else {})
+    plain, made = (
+        apply(setting, **options, bias_correction=way).program for way in ("none", "batch_norm")
+    )
+    for name in ("one.weight", "two.weight"):  # the codes stay, and so do powers of two
+        first, second = form_of(plain, name), form_of(made, name)
+        assert torch.equal(first.codes, second.codes)
+        assert torch.equal(first.scale, second.scale) == (grid == "mxfp4")
+    if grid == "mxfp4":
+        return
+
+    def spread(held):
+        inputs = [x for x, _ in context.task.train]
+        with torch.no_grad():
+            return torch.cat([held(**x) for x in inputs]).std(0)
+
+    wanted = spread(program)
+    assert float((spread(made) / wanted - 1).abs().max()) < 0.02
+    assert float((spread(plain) / wanted - 1).abs().max()) > 0.03
 
 
 @pytest.mark.parametrize("grid", GRIDS)

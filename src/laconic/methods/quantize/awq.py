@@ -5,8 +5,8 @@ weights count most. Multiplying these columns before rounding, and dividing the 
 made, gives them finer steps without a single extra bit: in the rows of the layers that write the
 channel, where all on the way gives multiples for multiples (ReLU, pooling, residual sums, heads of
 an attention), or in the layer norm in front. How far is searched for each group of channels, by
-what rounding does to the outputs. Weights are then rounded to nearest, and biases corrected. Batch
-norm is folded first.
+what rounding does to the outputs. Weights are then rounded to nearest, and mean and spread of
+each channel's outputs corrected. Batch norm is folded first.
 
 Paper: Lin et al. 2023, "AWQ" (arXiv 2306.00978), with the root mean square of a channel in place of
 its mean magnitude, and the clipping left to `weight_range`.
@@ -41,7 +41,7 @@ class Awq(GridOptions, CorrectionOptions, Method):
 
     quick: ClassVar[Mapping[str, Any]] = {"samples": 8, "tries": 4}
 
-    bias_correction: Correction = "empirical"
+    bias_correction: Correction = "batch_norm"
     tries: int = Field(default=20, ge=1)
 
     def apply(self, program: Program, sites: Sites, context: Context) -> Outcome:
@@ -57,7 +57,7 @@ class Awq(GridOptions, CorrectionOptions, Method):
             work.notes.append("no channels were scaled: none can be, or nothing is gained by it")
         before = work.program.clone()
         work.settle_rest()
-        self.correct(work, before, context)
+        self.correct_settled(work, before, context)
         made = work.close()
         return Outcome(
             program=made,

@@ -4,13 +4,16 @@
   the channel means of the layer's float input (Nagel et al., "Data-Free Quantization Through
   Weight Equalization and Bias Correction", arXiv 1906.04721, section 4.2);
 * empirical: layer by layer, the mean output of the quantised program, all earlier layers corrected
-  already, is brought to that of the float one. It also sees what activations lose by clipping.
+  already, is brought to that of the float one. It also sees what activations lose by clipping. The
+  spread of each output channel can be brought back with it, through the scales: what measuring
+  batch norms anew does (Sun et al. 2019, "Hybrid 8-bit Floating Point Training"), also where they
+  have been folded.
 
 Means are what few outliers make them: a correction that takes the typical sample away from the
 float network is taken back (`Guard`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -104,7 +107,8 @@ def correct_empirically(
     wanted: dict[str, Tensor],
     batches: Sequence[Sequence[Tensor]],
     progress: Progress,
-) -> dict[str, float]:
+    spread: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
     """Bring every layer's mean output to the wanted one, front to back; the program is changed.
 
     Args:
@@ -113,13 +117,15 @@ def correct_empirically(
         wanted: node name → float64 `[channels]`, the float program's mean outputs.
         batches: flat inputs, all held at once.
         progress: moved on by one a layer.
+        spread: node name → float64 `[channels]`, wanted variances, of layers whose weights (output
+            channels first) may be multiplied.
 
     Returns:
-        node name → largest correction, relative to the spread of the layer's wanted means.
+        weight → what its channels were multiplied by, float32 `[channels]`.
     """
     order = Order(program)
     walks = [Walk(program, batch, order) for batch in batches]
-    found: dict[str, float] = {}
+    found: dict[str, Tensor] = {}
     placed = sorted(layers, key=lambda layer: order.place[layer[0]])
     for node, weight in progress.track(placed, "correcting biases", len(placed)):
         seen = Moments(bias_axis(node))
@@ -128,11 +134,26 @@ def correct_empirically(
             fork = walk.fork()
             fork.run(order.place[node] + 1, hold=[node])
             seen.update(fork.values[node])
-        change = wanted[node.name] - seen.mean
-        add_to_bias(program, node, weight, change)
-        spread = float(wanted[node.name].std()) if change.numel() > 1 else 0.0
-        found[node.name] = float(change.abs().max()) / max(spread, 1e-12)
+        mean = seen.mean
+        if spread and node.name in spread:
+            factor = _widening(spread[node.name], seen.variance)
+            held = program.tensor(weight).detach()
+            found[weight] = factor.to(held)
+            program.set_tensor(weight, held * found[weight].reshape(-1, *[1] * (held.ndim - 1)))
+            bias = _stored_bias(program, node)
+            fixed = bias[1].detach().double().cpu() if bias else 0.0
+            mean = (mean - fixed) * factor + fixed
+        add_to_bias(program, node, weight, wanted[node.name] - mean)
     return found
+
+
+def _widening(wanted: Tensor, seen: Tensor) -> Tensor:
+    """What brings deviations to the wanted ones, from a half to two; 1 where more were needed.
+
+    A channel that hardly varies any more, or is no longer itself, says nothing.
+    """
+    factor = (wanted / seen.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
+    return torch.where((factor - 1).abs() < 1, factor.clamp(min=0.5), torch.ones_like(factor))
 
 
 class Guard:

@@ -98,6 +98,12 @@ class Rounding:
         self.program.set_tensor(site.name, weight.detach().to(old))
         self.grids[site.name] = grid
 
+    def widen(self, name: str, factor: Tensor) -> None:
+        """Multiply the scales of a settled weight, whose values have been, by one for a channel."""
+        scale = self.grids[name].scale
+        wide = factor.reshape(-1, *[1] * (scale.ndim - 1))
+        self.grids[name] = with_scale(self.grids[name], scale * wide)
+
     def open_sites(self) -> list[WeightSite]:
         """The chosen weights that have not been settled."""
         return [site for site in self.sites if site.name not in self.grids]
