@@ -19,6 +19,8 @@ from torch import Tensor
 
 from laconic.statistics.gram import Gram
 
+_LOOSE = 1 / 8  # share of columns that are gone when the matrices are made smaller
+
 
 @dataclass(frozen=True)
 class Removal:
@@ -76,25 +78,34 @@ class Consumer:
         weight = weight.to(self.inverse)
         self.rooted = _root(metric.to(self.inverse)) @ weight  # D^(1/2) W
         self.blocks = blocks.to(weight.device)
+        self._gone = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
 
     def harms(self, alive: Tensor) -> Tensor:
         """float64 `[alive]`: what removing each of these indices costs now."""
         columns = self.blocks[alive]
         inner = self.inverse[columns[:, :, None], columns[:, None, :]]
         rows = self.rooted.T[columns]  # [alive, width, out]
-        return 0.5 * (rows * torch.linalg.solve(inner, rows)).sum((1, 2))
+        energy = rows @ rows.mT
+        return 0.5 * torch.linalg.solve(inner, energy).diagonal(dim1=1, dim2=2).sum(1)
 
     def remove(self, indices: Tensor) -> None:
         """Take indices out; the remaining columns make up for them."""
         columns = self.blocks[indices].flatten()
         rows = self.inverse[columns]
         step = torch.linalg.solve(rows[:, columns], rows)
-        self.rooted -= self.rooted[:, columns] @ step
-        self.inverse -= rows.T @ step
-        self.rooted[:, columns] = 0
-        self.inverse[columns] = 0
-        self.inverse[:, columns] = 0
-        self.inverse[columns, columns] = 1
+        self.rooted.addmm_(self.rooted[:, columns], step, alpha=-1)
+        self.inverse.addmm_(rows.T, step, alpha=-1)
+        self._gone[columns] = True
+        if int(self._gone.count_nonzero()) > _LOOSE * len(self._gone):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Let go of what belongs to columns that are gone: the rest does not depend on them."""
+        left = (~self._gone).nonzero()[:, 0]
+        self.inverse = self.inverse[left[:, None], left]
+        self.rooted = self.rooted[:, left]
+        self.blocks = ((~self._gone).cumsum(0) - 1).clamp(min=0)[self.blocks]
+        self._gone = self._gone[left]
 
 
 def eliminate(consumers: Sequence[Consumer], size: int, *, exact: int = 128) -> Removal:
