@@ -99,41 +99,48 @@ def test_every_layer_is_within_one_step(name, model, tmp_path):
 
 
 @functools.cache
-def resnet20(folder):
-    """ResNet-20 in int8, and 500 validation images."""
+def resnet(depth, folder):
+    """A ResNet in int8, and 500 validation images."""
     from benchmarks import data, models
 
-    module = models.cifar_resnet(20, folder / "resnet_cifar10" / "resnet20.safetensors")
+    module = models.cifar_resnet(depth, folder / "resnet_cifar10" / f"resnet{depth}.safetensors")
     held = data.cifar10("validation", folder)[:IMAGES]
     batches = data.batches(data.cifar10("train", folder)[:128], 64)
     return quantised(module, held[:16].tensor(), batches), held
 
 
 @functools.cache
-def scores(folder):
+def scores(depth, folder):
     """What the Program gives for the images."""
-    program, held = resnet20(folder)
+    program, held = resnet(depth, folder)
     with torch.no_grad():
         return program(held.tensor()).numpy()
 
 
-RUNTIMES = ["onnxruntime", "openvino", pytest.param("inductor", marks=pytest.mark.slow)]
+CASES = [
+    ("onnxruntime", 20, 0.005),
+    ("openvino", 20, 0.005),
+    pytest.param("inductor", 20, 0.005, marks=pytest.mark.slow),
+    ("onnxruntime", 56, 0.01),
+    ("openvino", 56, 0.01),  # on 2,000 images: 99.4 % the same, 93.35 against 93.45 % right
+]
+"""Runtime, depth, and how far accuracy may be off on 500 images."""
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("name", RUNTIMES)
-def test_resnet20_has_the_same_classes_and_the_same_accuracy(name, data_dir, tmp_path):
-    program, held = resnet20(data_dir)
-    wanted, labels = scores(data_dir).argmax(1), held.labels.numpy()
+@pytest.mark.parametrize(("name", "depth", "off"), CASES)
+def test_a_resnet_has_the_same_classes_and_the_same_accuracy(name, depth, off, data_dir, tmp_path):
+    program, held = resnet(depth, data_dir)
+    wanted, labels = scores(depth, data_dir).argmax(1), held.labels.numpy()
     (found,) = runner(name, program, tmp_path)([held.tensor().numpy()])
     assert (found.argmax(1) == wanted).mean() >= 0.99
-    assert abs((found.argmax(1) == labels).mean() - (wanted == labels).mean()) <= 0.005
+    assert abs((found.argmax(1) == labels).mean() - (wanted == labels).mean()) <= off
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_every_layer_of_resnet20_is_within_one_step(name, data_dir, tmp_path):
-    program, _ = resnet20(data_dir)
+    program, _ = resnet(20, data_dir)
     check(program, runner(name, opened(program), tmp_path))
 
 
@@ -143,7 +150,7 @@ def test_files_of_resnet20_are_about_a_quarter(data_dir, tmp_path):
 
     weights = data_dir / "resnet_cifar10" / "resnet20.safetensors"
     plain = capture(models.cifar_resnet(20, weights), torch.zeros(2, 3, 32, 32))
-    program = freeze(resnet20(data_dir)[0])
+    program = freeze(resnet(20, data_dir)[0])
     assert storage.predict(program).total < 0.3 * storage.predict(plain).total
     sizes = [
         runtimes.get("onnxruntime").write(made, tmp_path / f"{name}.onnx", name).stat().st_size

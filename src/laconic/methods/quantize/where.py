@@ -7,7 +7,8 @@ none, without that of each piece, and without that of several, as a knapsack ove
 and harm proposes. Of what was measured the least harmful network is kept that is as fast as the
 fastest one, or not more than `slower` slower. Nodes that nothing gains from are gone, activations
 there are floats again; weights keep their rounded values, which their biases or their training were
-fitted to.
+fitted to. Which floats is one choice for the whole network: runtimes take bf16 or float32 for a
+file, not for an operator.
 
 Papers: Dong et al. 2019, "HAWQ" (arXiv 1905.03696) for sensitivities and budgets; Wang et al. 2019,
 "HAQ" (arXiv 1811.08886) for measured latency in place of operation counts.
