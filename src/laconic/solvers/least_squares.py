@@ -11,7 +11,7 @@ cross-validation between two halves of the calibration samples, so that few samp
 prior by themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,8 @@ from laconic.core.errors import DataError
 from laconic.statistics.gram import Gram
 
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Grid for the ridge, in units of the mean variance of the columns."""
+"""Grid for the ridge, in units of the mean variance of the columns; ascending."""
+_NOISE = 1e-9  # of products of float32 rows, where a matrix is singular but for it
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def refit(
             the largest ridge is used.
         prior: `[targets, columns]`.
         bias: whether the map has one.
-        ridges: the grid.
+        ridges: the grid, ascending.
         importance: `[targets]`, weight of each target's error in the choice; equal if None.
     """
     left, right = halves
@@ -109,8 +110,29 @@ def refit(
     spread = whole.target_scatter / whole.count
     scale = 1 / spread.clamp(min=1e-12 * float(spread.max()) + 1e-30)
     weighting = scale if importance is None else importance.to(spread)
-    best = min(ridges, key=lambda ridge: _held_out(left, right, prior, ridge, bias, weighting))
+    best = _valley(ridges, lambda ridge: _held_out(left, right, prior, ridge, bias, weighting))
     return solve(whole, prior, best, bias=bias)
+
+
+def _valley(grid: Sequence[float], score: Callable[[float], float]) -> float:
+    """The value of a sorted grid with the least score, found downhill from the middle.
+
+    Each score costs two factorisations; between too little and too much there is one valley.
+    """
+    known: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if place not in known:
+            known[place] = score(grid[place])
+        return known[place]
+
+    here = (len(grid) - 1) // 2
+    while True:
+        near = [i for i in (here, here - 1, here + 1) if 0 <= i < len(grid)]
+        lowest = min(near, key=at)
+        if lowest == here:
+            return grid[here]
+        here = lowest
 
 
 def _held_out(
@@ -129,7 +151,7 @@ def _solve_symmetric(matrix: Tensor, rows: Tensor) -> Tensor:
     matrix: `[n, n]`, rows: `[m, n]`, both float64.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    damping = 1e-12 * float(matrix.diagonal().mean())
+    damping = _NOISE * float(matrix.diagonal().mean())
     while int(failed):
         damped = matrix.clone()
         damped.diagonal().add_(damping)

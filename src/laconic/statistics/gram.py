@@ -64,8 +64,8 @@ class Gram(Statistic):
         total = self.count + other.count
         weight = self.count * other.count / total
         away, aim = other.mean - self.mean, other.target_mean - self.target_mean
-        self.scatter = self.scatter + other.scatter + weight * torch.outer(away, away)
-        self.cross = self.cross + other.cross + weight * torch.outer(aim, away)
+        self.scatter = (self.scatter + other.scatter).addr_(away, away, alpha=weight)
+        self.cross = (self.cross + other.cross).addr_(aim, away, alpha=weight)
         self.target_scatter = self.target_scatter + other.target_scatter + weight * aim.square()
         self.mean = self.mean + away * (other.count / total)
         self.target_mean = self.target_mean + aim * (other.count / total)
