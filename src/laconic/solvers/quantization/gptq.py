@@ -15,6 +15,8 @@ from torch import Tensor
 
 from laconic.solvers.weights.obs_weights import Becomes, Rows, factor, solvable, swept
 
+_BLOCK = 128  # columns whose changes reach the others in one product
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -34,8 +36,12 @@ class Steps:
         scale, zero = self.scale[:, columns], self.zero[:, columns]
         if values.ndim == 1:
             scale, zero = scale[:, 0], zero[:, 0]
-        codes = ((values / scale).round() + zero).clamp(self.qmin, self.qmax)
-        return (codes - zero) * scale
+        return self.on_grid(values, scale, zero)
+
+    def on_grid(self, values: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """The nearest point for values with these scales and zeros, all of one shape."""
+        codes = ((values / scale).round_().add_(zero)).clamp_(self.qmin, self.qmax)
+        return codes.sub_(zero).mul_(scale)
 
     def scaled(self, factors: Tensor) -> "Steps":
         """With every row's scale multiplied by its factor `[rows]`, as float32 holds it."""
@@ -88,24 +94,42 @@ def descended(rows: Rows, steps: Steps, values: Tensor, passes: int) -> Tensor:
     """Round every weight again with all others fixed, `passes` times at most; costs never rise."""
     values = values.clone()
     slope = (values - rows.weight) @ rows.moments
-    curvature = rows.moments.diagonal().clamp(min=1e-300)
     for _ in range(passes):
         moved = False
-        for column in range(values.shape[1]):
-            old = values[:, column]
-            best = old - slope[:, column] / curvature[column]
-            place = torch.tensor([column], device=values.device)
-            made = steps.nearest(best, place).masked_fill(rows.held[:, column], 0.0)
-            change = made - old
-            pays = change * (2 * slope[:, column] + change * curvature[column]) < 0
-            change = torch.where(pays, change, torch.zeros_like(change))
-            if bool(pays.any()):
+        for start in range(0, values.shape[1], _BLOCK):
+            block = slice(start, start + _BLOCK)
+            change = _descended_block(rows, steps, values, slope, block)
+            if bool(change.any()):
                 moved = True
-                values[:, column] = torch.where(pays, made, old)
-                slope += torch.outer(change, rows.moments[column])
+                slope.addmm_(change, rows.moments[block])
         if not moved:
             break
     return values
+
+
+def _descended_block(
+    rows: Rows, steps: Steps, values: Tensor, slope: Tensor, block: slice
+) -> Tensor:
+    """One pass over a block of columns of `values`, in place; how they changed `[rows, block]`.
+
+    `slope` is that before the block: what other columns feel of it is added once for all of it.
+    """
+    inner = rows.moments[block, block]
+    curvature = inner.diagonal().clamp(min=1e-300)
+    sides = (values, slope, steps.scale, steps.zero, rows.held)
+    here, feel, scale, zero, held = (side[:, block].T.contiguous() for side in sides)
+    before = here.clone()
+    for place, old in enumerate(before):
+        best = old - feel[place] / curvature[place]
+        made = steps.on_grid(best, scale[place], zero[place]).masked_fill_(held[place], 0.0)
+        change = made - old
+        pays = change * (2 * feel[place] + change * curvature[place]) < 0
+        change.mul_(pays)
+        if bool(pays.any()):
+            here[place] = torch.where(pays, made, old)
+            feel[place + 1 :].addr_(inner[place, place + 1 :], change)
+    values[:, block] = here.T
+    return (here - before).T
 
 
 def best_factors(rows: Rows, values: Tensor) -> Tensor:
