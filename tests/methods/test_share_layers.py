@@ -160,6 +160,18 @@ def test_runtimes_and_the_model_get_the_tensors():
         assert torch.equal(model.state_dict()[name], form_of(made, name).decode())
 
 
+@pytest.mark.parametrize("mode", ["tie", "basis"])
+def test_training_the_result_leaves_the_input_alone(mode):
+    _, program, context = setting()
+    before = {name: tensor.clone() for name, tensor in program.state_dict().items()}
+    made = Layers(mode=mode, layers=[NAMES[:2]], rank=1).apply(program, Sites(), context).program
+    made.train()
+    made(torch.ones(2, 12)).square().sum().backward()
+    torch.optim.SGD(made.parameters(), lr=1.0).step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in program.state_dict().items())
+    assert not torch.equal(made.tensor("head.weight"), before["head.weight"])
+
+
 def test_bad_input_is_named():
     _, program, context = setting()
     with pytest.raises(RecipeError, match="no weight 'layers.9.weight'"):

@@ -260,7 +260,7 @@ class _Work:
             if node.op == "get_attr":
                 node.target = self.ties.get(str(node.target), node.target)
         held = {alias: self.ties.get(name, name) for alias, name in old.aliases.items()}
-        return Program(
+        made = Program(
             old.graph,
             {name: tensor for name, tensor in old.tensors() if name not in self.ties},
             old.signature,
@@ -270,6 +270,8 @@ class _Work:
             lost=old.lost,
             sparse=old.sparse,
         )
+        made.share()  # what is not tied is still the memory of the step's input
+        return made
 
 
 def _directions(rows: Tensor) -> Tensor:
