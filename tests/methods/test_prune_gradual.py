@@ -195,6 +195,14 @@ def test_weights_without_room_for_a_pattern_stay_whole(program, task):
     assert sum("fewer than 8 inputs" in note for note in made.notes) == 2
 
 
+def test_a_pattern_that_no_weight_has_room_for_replays_as_nothing(program, task):
+    made = apply(program, task, n=2, m=128)
+    again = Gradual(**made.resolved).apply(program, Sites(), Context(task=task, original=program))
+    for outcome in (made, again):
+        assert same(tensors(outcome.program), tensors(program))
+        assert sum("fewer than 128 inputs" in note for note in outcome.notes) == 3
+
+
 def test_it_ends_closer_to_the_original_than_one_cut():
     """At sparsity 0.8; random weights have no small ones, so a cut alone costs much."""
     torch.manual_seed(3)

@@ -100,8 +100,10 @@ class Gradual(Learning, Method):
         """
         work = Pruning(program, sites, context.device)
         choose = self._choice(work)
+        own = self.model_dump(mode="json", exclude_defaults=True)
         if not work.names:
-            return Outcome(program=work.finish(), notes=work.notes, figures=work.figures)
+            made = work.finish()
+            return Outcome(program=made, resolved=own, notes=work.notes, figures=work.figures)
         student, pruned = work.program, [n for n in work.names if n in work.program.sparse]
         student.sparse -= set(work.names)  # the masks say what is held while they move
         course = Course.of(context)
@@ -112,7 +114,7 @@ class Gradual(Learning, Method):
         made = work.finish()
         return Outcome(
             program=made,
-            resolved={**self.model_dump(mode="json", exclude_defaults=True), **learned.resolved},
+            resolved={**own, **learned.resolved},
             notes=[*work.notes, *learned.notes, BYTES],
             figures={**learned.figures, **work.figures},
         )
