@@ -92,6 +92,18 @@ def test_units_go_together(generator):
     assert outcome.figures["dropped"] == ["2", "3"]
 
 
+@pytest.mark.parametrize("importance", ["influence", "taylor", "l2"])
+def test_units_stay_on_one_stream(importance, generator):
+    """Branches of two stages, whose streams have other shapes, are no unit."""
+    program = zoo.captured("resnet")
+    x = torch.cat([program.example[0]] * 4)
+    outcome = drop(program, data=x, unit=2, importance=importance)
+    assert outcome.figures["dropped"] == [] and "of 0 units" in outcome.notes[0]
+    with pytest.raises(RecipeError, match="0 units of 2") as caught:
+        drop(program, data=x, unit=2, importance=importance, count=1)
+    assert "to one stream" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize(("ratio", "gone"), [(0.0, 0), (0.25, 1), (0.5, 2), (0.9, 3)])
 def test_the_ratio_is_the_part_that_goes(ratio, gone):
     program = capture(stream(), torch.randn(2, 6))

@@ -17,7 +17,7 @@ Cost: weight norms need no data; influence a pass over the calibration data; tay
 loss one pass for each branch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -28,7 +28,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.layers import branch_importance, branch_removal
+from laconic.solvers.layers import branch_importance, branch_removal, depth
 from laconic.solvers.layers.residual import Branch, branches
 from laconic.solvers.teaching.task_loss import TaskLoss
 from laconic.statistics.batches import Batches, Flat, told_nothing
@@ -46,8 +46,8 @@ class DropLayers(Method):
             and root mean square of the branch's weights; "taylor" is the first-order change of the
             loss when the branch's output goes; "loss" is the rise of the task's loss when it is
             skipped.
-        unit: so many branches in a row go together, worth what they are worth together: 2 for a
-            transformer whose layers are attention and perceptron.
+        unit: so many branches in a row on one stream go together, worth what they are worth
+            together: 2 for a transformer whose layers are attention and perceptron.
         replace: "nothing", or "linear": a linear map of the stream, fitted on calibration data
             against the network before, takes the place of what was dropped where it is cheaper.
         samples: calibration samples.
@@ -76,12 +76,14 @@ class DropLayers(Method):
         found = branches(work)
         notes: list[str] = []
         if not found:
-            notes.append("no residual branch: no sum of a value with what is computed from it")
+            notes.append(
+                "no residual branch: no sum of a value with what weights of its own make of it"
+            )
         chosen = sites.choose([branch.name for branch in found])
         batches = _Data(self, work, context)
         scores: dict[str, float] = {}
         if self.drop is None:
-            units = _units([b for b in found if b.name in chosen], self.unit)
+            units = _units(work, chosen, self.unit)
             wanted = self._wanted(len(units))
             scores = self._scores(work, units, batches, context) if wanted else {}
             gone = [name for name in sorted(scores, key=scores.__getitem__)[:wanted]]
@@ -120,7 +122,9 @@ class DropLayers(Method):
         if self.count > units:
             raise RecipeError(
                 f"count {self.count} is more than the {units} units of {self.unit} that can go",
-                hint="ask for fewer, or select more sites",
+                hint="ask for fewer, or select more sites"
+                if units
+                else "no sum adds so many branches with weights of their own to one stream",
             )
         return self.count
 
@@ -162,10 +166,13 @@ class _Data:
         return self._held
 
 
-def _units(found: Sequence[Branch], size: int) -> list[list[Branch]]:
-    """Branches in runs of `size`; what is left over at the end stays."""
-    runs = [list(found[start : start + size]) for start in range(0, len(found), size)]
-    return [run for run in runs if len(run) == size]
+def _units(program: Program, chosen: Collection[str], size: int) -> list[list[Branch]]:
+    """Chosen branches in runs of `size` along one stream; what is left over at its end stays."""
+    units: list[list[Branch]] = []
+    for chain in depth.chains(program):
+        held = [branch for layer in chain for branch in layer.branches if branch.name in chosen]
+        units += [held[at : at + size] for at in range(0, len(held) // size * size, size)]
+    return units
 
 
 def _label(unit: Sequence[Branch]) -> str:
