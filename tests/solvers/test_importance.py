@@ -69,6 +69,23 @@ def test_gradient_scores_are_those_of_a_gate(setting, name, power, factor):
     assert torch.allclose(removal.harm.float(), expected.sort().values, rtol=1e-4)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_obs_counts_a_mean_that_nothing_makes_up_for(bias, norm):
+    """A channel that is always 5 is free only where a bias can take its place."""
+    torch.manual_seed(0)
+    behind = [nn.Linear(6, 4, bias=bias), *([nn.BatchNorm1d(4)] if norm else [])]
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), *behind).eval()
+    with torch.no_grad():
+        model[0].weight.normal_()
+        model[0].bias.fill_(0.5)
+        model[0].weight[2], model[0].bias[2] = 0.0, 5.0
+    program = capture(model, torch.randn(2, 3))
+    scene = Scene(program, [groups(program).find("0.out")], [(torch.randn(64, 3),)], loss)
+    removal = selection.load("obs").removals(scene)["0.out"]
+    assert (int(removal.order[0]) == 2) == (bias or norm)
+
+
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
 def test_norms_are_relative_to_the_mean_of_the_group(setting, name, power):
     model, scene = setting

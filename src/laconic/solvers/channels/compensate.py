@@ -9,7 +9,7 @@ fitted scale and bias with statistics that are true of its new input, so the res
 batch norms behind anything else are measured anew.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -243,6 +243,12 @@ def drift(
 def _safe(node: fx.Node) -> bool:
     name = operator_name(node).removeprefix("aten.")
     return name in _SAFE or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def with_bias(program: Program, found: Iterable[Layer]) -> list[Layer]:
+    """The layers whose refit has a bias: their own, or that of a batch norm behind them."""
+    by_source = {norm.node: norm for norm in norms(program)}
+    return [x for x in found if x.bias is not None or _place(x, by_source).norm is not None]
 
 
 def _places(

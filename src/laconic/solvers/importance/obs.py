@@ -2,15 +2,16 @@
 
 For every layer that reads a group: second moments S of its inputs, second moments D of the loss
 gradient at its output, and the greedy elimination of `solvers.elimination` (Hassibi & Stork 1993;
-ZipLM, Kurtic et al. 2023). Harms are in nats and already count what the refit will repair, so this
-is the right score before compensation. Moments are collected for as many groups at a time as fit
+ZipLM, Kurtic et al. 2023). Harms are in nats and already count what the refit will repair (means
+only where the layer, or a batch norm behind it, has a bias), so this is the right score before
+compensation. Moments are collected for as many groups at a time as fit
 into memory, with a pass over the data for each such portion; those of one group are needed together
 (the stream that all layers of a transformer read is one group). Groups that no plain layer reads
 (the shared axis of query and key, inputs of grouped convolutions) are scored by `fisher`, in the
 same unit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from laconic.core.errors import DataError
 from laconic.program.groups import Group, Member
+from laconic.solvers.channels.compensate import with_bias
 from laconic.solvers.importance.base import Importance, Scene, in_products, reading_layers
 from laconic.solvers.importance.fisher import Fisher
 from laconic.solvers.portions import MOMENTS, portions
@@ -62,10 +64,11 @@ def _by_elimination(
     layers = {layer.node.name: layer for g in groups for layer, _ in readers[g.name]}
     grams = input_moments(scene, list(layers.values()))
     metrics = output_metrics(scene, list(layers.values()))
+    moved = with_bias(scene.program, layers.values())
     found: dict[str, Removal] = {}
     for group in scene.progress.track(groups, "elimination", len(groups)):
         consumers = [
-            _consumer(scene, group, layer, member, grams, metrics)
+            _consumer(scene, group, layer, member, grams, metrics, moved)
             for layer, member in readers[group.name]
         ]
         found[group.name] = eliminate(consumers, group.size)
@@ -120,12 +123,12 @@ def _consumer(
     member: Member,
     grams: dict[str, Gram],
     metrics: dict[str, Tensor],
+    moved: Collection[Layer],
 ) -> Consumer:
     weight = layer.matrix(scene.program.tensor(layer.weight).detach())
     name = layer.node.name
-    return Consumer(
-        grams[name], weight, metrics[name], blocks(group, member, layer.taps), ridge=RIDGE
-    )
+    columns = blocks(group, member, layer.taps)
+    return Consumer(grams[name], weight, metrics[name], columns, ridge=RIDGE, bias=layer in moved)
 
 
 def blocks(group: Group, member: Member, taps: int) -> Tensor:
