@@ -102,14 +102,15 @@ def test_inputs_that_are_never_there():
 def test_each_pass_of_the_descent_costs_no_more():
     rows = problem(rows=20, columns=12)
     steps, values = grid(rows), torch.zeros(20, 12, dtype=torch.float64)
-    before = costs(rows, values)
+    before, slope = costs(rows, values), (values - rows.weight) @ rows.moments
     for _ in range(4):
-        values = descended(rows, steps, values, 1)
+        values, slope = descended(rows, steps, values, slope, 1)
+        torch.testing.assert_close(slope, (values - rows.weight) @ rows.moments)
         now = costs(rows, values)
         assert bool((now <= before + 1e-12).all())
         before = now
-    again = descended(rows, steps, values, 50)
-    assert torch.equal(descended(rows, steps, again, 1), again)
+    again, slope = descended(rows, steps, values, slope, 50)
+    assert torch.equal(descended(rows, steps, again, slope, 1)[0], again)
 
 
 def test_zeros_that_are_held_stay():
@@ -123,7 +124,7 @@ def test_zeros_that_are_held_stay():
 def test_the_best_factor_is_where_the_cost_is_level():
     rows = problem()
     values = plain(rows, grid(rows))
-    factors = best_factors(rows, values)
+    factors = best_factors(rows, values, values @ rows.moments)
     least = costs(rows, values * factors[:, None])
     for away in (0.99, 1.01):
         assert bool((costs(rows, values * factors[:, None] * away) >= least).all())

@@ -8,7 +8,7 @@ rounds each weight again, all others given, as long as that pays (QuantEase, Beh
 2309.01885), and `best_factors` is the least-squares factor on each row's scales for given codes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -51,8 +51,16 @@ class Steps:
 
 def costs(rows: Rows, values: Tensor) -> Tensor:
     """float64 `[rows]`: what having `values` in place of the weights costs."""
-    away = values - rows.weight
-    return ((away @ rows.moments) * away).sum(1)
+    return _costs(rows, values, _slope(rows, values))
+
+
+def _slope(rows: Rows, values: Tensor) -> Tensor:
+    """Half the gradient of the cost, `[rows, columns]`: the one product that takes long."""
+    return (values - rows.weight) @ rows.moments
+
+
+def _costs(rows: Rows, values: Tensor, slope: Tensor) -> Tensor:
+    return ((values - rows.weight) * slope).sum(1)
 
 
 def rounded(rows: Rows, steps: Steps, *, act_order: bool = True, passes: int = 0) -> Tensor:
@@ -67,8 +75,10 @@ def rounded(rows: Rows, steps: Steps, *, act_order: bool = True, passes: int = 0
     rows = solvable(rows)
     plain = steps.nearest(rows.weight).masked_fill(rows.held, 0.0)
     made = fed_back(rows, steps, act_order=act_order)
-    worse = costs(rows, made) > costs(rows, plain)
-    return descended(rows, steps, torch.where(worse[:, None], plain, made), passes)
+    slope, other = _slope(rows, made), _slope(rows, plain)
+    worse = (_costs(rows, made, slope) > _costs(rows, plain, other))[:, None]
+    made, slope = torch.where(worse, plain, made), torch.where(worse, other, slope)
+    return descended(rows, steps, made, slope, passes)[0]
 
 
 def fed_back(rows: Rows, steps: Steps, *, act_order: bool = True) -> Tensor:
@@ -90,10 +100,14 @@ def fed_back(rows: Rows, steps: Steps, *, act_order: bool = True) -> Tensor:
     return made[:, order.argsort()]
 
 
-def descended(rows: Rows, steps: Steps, values: Tensor, passes: int) -> Tensor:
-    """Round every weight again with all others fixed, `passes` times at most; costs never rise."""
-    values = values.clone()
-    slope = (values - rows.weight) @ rows.moments
+def descended(
+    rows: Rows, steps: Steps, values: Tensor, slope: Tensor, passes: int
+) -> tuple[Tensor, Tensor]:
+    """Round every weight again with all others fixed, `passes` times at most; costs never rise.
+
+    Takes and gives the values and `(values - weights) @ moments`.
+    """
+    values, slope = values.clone(), slope.clone()
     for _ in range(passes):
         moved = False
         for start in range(0, values.shape[1], _BLOCK):
@@ -104,7 +118,7 @@ def descended(rows: Rows, steps: Steps, values: Tensor, passes: int) -> Tensor:
                 slope.addmm_(change, rows.moments[block])
         if not moved:
             break
-    return values
+    return values, slope
 
 
 def _descended_block(
@@ -132,27 +146,36 @@ def _descended_block(
     return (here - before).T
 
 
-def best_factors(rows: Rows, values: Tensor) -> Tensor:
-    """float64 `[rows]`: the positive factor on each row of `values` that costs least; else 1."""
-    seen = values @ rows.moments
+def best_factors(rows: Rows, values: Tensor, seen: Tensor) -> Tensor:
+    """float64 `[rows]`: the positive factor on each row of `values` that costs least; else 1.
+
+    `seen` is `values @ moments`.
+    """
     along, size = (seen * rows.weight).sum(1), (seen * values).sum(1)
     useful = (along > 0) & (size > 0)
     return torch.where(useful, along / size.clamp(min=1e-300), torch.ones_like(along))
 
 
 def rescaled(rows: Rows, steps: Steps, values: Tensor, rounds: int) -> tuple[Steps, Tensor]:
-    """Scales and values in turns: the best factor for each row's codes, then one descent.
+    """Scales, one for each row, and values in turns: the best factor for its codes, one descent.
 
     A row whose cost would rise keeps what it had.
     """
     rows = solvable(rows)
+    aim = rows.weight @ rows.moments
+    seen = values @ rows.moments
+    cost = _costs(rows, values, seen - aim)
     for _ in range(rounds):
-        tried = steps.scaled(best_factors(rows, values))
-        moved = descended(rows, tried, values / steps.scale * tried.scale, 1)
-        better = costs(rows, moved) < costs(rows, values)
+        tried = steps.scaled(best_factors(rows, values, seen))
+        factor = (tried.scale / steps.scale)[:, :1]
+        start = values / steps.scale * tried.scale  # exactly on the grid
+        moved, slope = descended(rows, tried, start, seen * factor - aim, 1)
+        now = _costs(rows, moved, slope)
+        better = now < cost
         if not bool(better.any()):
             break
-        scale = torch.where(better[:, None], tried.scale, steps.scale)
-        steps = Steps(scale, steps.zero, steps.qmin, steps.qmax)
-        values = torch.where(better[:, None], moved, values)
+        keep = better[:, None]
+        steps = replace(steps, scale=torch.where(keep, tried.scale, steps.scale))
+        values, seen = torch.where(keep, moved, values), torch.where(keep, slope + aim, seen)
+        cost = torch.where(better, now, cost)
     return steps, values
