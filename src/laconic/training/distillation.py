@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from laconic.core.errors import DataError, TrainingError
+from laconic.core.errors import DataError, RecipeError, TrainingError
 from laconic.core.task import Task, to_device
 from laconic.program.program import Program
 from laconic.statistics.batches import check_inputs, count, flat_inputs, padding_mask
@@ -94,11 +94,12 @@ class Distillation:
         taught = self.teacher(flat, number) if needed else []
         mask = padding_mask(self.student, flat)
         given = in_float32(forward(*flat))
-        value = self._outputs(given, taught, to_device(targets, self.device), mask, where)
-        if self.features:
-            spoken = sum(voice.outputs for voice in self._voices)
-            pairs = given[self.outputs :], taught[spoken:]
-            value = value + self.features * self.compare(*pairs, mask)
+        with torch.autocast(self.device.type, enabled=False):  # it would round products of losses
+            value = self._outputs(given, taught, to_device(targets, self.device), mask, where)
+            if self.features:
+                spoken = sum(voice.outputs for voice in self._voices)
+                pairs = given[self.outputs :], taught[spoken:]
+                value = value + self.features * self.compare(*pairs, mask)
         return Loss(value, samples)
 
     @property
@@ -205,7 +206,46 @@ def soft(
     return losses.soft_targets(student, teacher, temperature, mask)
 
 
-def kind_for(task: Task) -> Kind:
-    """The loss between outputs that suits a task, by its metric."""
+def kind_for(task: Task, logits: Tensor | None = None) -> Kind:
+    """The loss between outputs that suits a task, by its metric.
+
+    Where `logits` are one number a sample, "mse": a softmax over one number is 1 whatever it is.
+    """
     known: dict[str, Kind] = {"cosine": "cosine", "squared error": "mse"}
-    return known.get(task.metric_name, "kl")
+    kind = known.get(task.metric_name, "kl")
+    return "mse" if kind == "kl" and logits is not None and _single(logits) else kind
+
+
+def kind_of(wish: Kind | Literal["auto"], program: Program, task: Task, alpha: float) -> Kind:
+    """The loss that is wished for between a program's outputs; `alpha`: its weight.
+
+    Raises:
+        RecipeError: a divergence of distributions between single numbers.
+    """
+    logits = _on_example(program, task)
+    if wish == "auto":
+        return kind_for(task, logits)
+    if wish in ("kl", "dkd") and alpha > 0 and _single(logits):
+        raise RecipeError(
+            f"{wish} compares distributions, and outputs {list(logits.shape)} are one number a "
+            "sample: nothing would be learned",
+            where="loss",
+            hint='take loss: "mse"',
+        )
+    return wish
+
+
+def _single(logits: Tensor) -> bool:
+    """Whether outputs are one number a sample, which is no distribution."""
+    return logits.ndim < 2 or logits.shape[-1] == 1
+
+
+def _on_example(program: Program, task: Task) -> Tensor:
+    """Zeros in the shape of what is compared on the example; they take no memory."""
+    flat: Any = program.output_node.args[0]
+    if any("shape" not in node.meta for node in flat):
+        program = program.clone()
+        program.propagate()
+        flat = program.output_node.args[0]
+    zeros = [torch.zeros((), dtype=n.meta["dtype"]).expand(n.meta["shape"]) for n in flat]
+    return task.logits(program.signature.arrange(zeros))

@@ -22,7 +22,7 @@ from laconic.solvers.teaching.held_out import Measure, divergence, figures_of, s
 from laconic.statistics.batches import check_inputs, told_nothing
 from laconic.training import losses
 from laconic.training.checkpoint import identity_of
-from laconic.training.distillation import Compare, Distillation, Kind, kind_for
+from laconic.training.distillation import Compare, Distillation, kind_of
 from laconic.training.job import Job, Objective, Trained
 from laconic.training.loop import train
 from laconic.training.plan import Plan
@@ -118,7 +118,7 @@ class Learning(Plan):
         loss: between outputs: "kl" of softened distributions over the last dimension, "dkd" (the
             same, with the divergence among the classes that are not the target weighed by itself),
             "mse" (relative to the original's mean square), "cosine"; "auto": cosine for embeddings,
-            mse for regression, kl elsewhere.
+            mse for regression and where there is one number a sample, kl elsewhere.
         temperature: of the softened distributions.
         dkd_alpha: for dkd, weight of the target class. The target is the label, and without labels
             what the teacher decides on.
@@ -278,7 +278,7 @@ class Learning(Plan):
             validation=course.task.validation,
         )
         taught, runs_in, notes = teachers.make(stack, self.teacher, lesson)
-        kind: Kind = kind_for(course.task) if self.loss == "auto" else self.loss
+        kind = kind_of(self.loss, student, course.task, self.alpha)
         objective = Distillation(
             task=course.task,
             student=student,

@@ -67,7 +67,7 @@ class TaskLoss:
             self._wanted[number] = self._task.logits(self._run(self._original, flat))
         given, wanted = self._task.logits(outputs), self._wanted[number]
         wanted = wanted.to(given.device)
-        kind = kind_for(self._task)
+        kind = kind_for(self._task, given)
         if kind == "kl":
             return float(losses.soft_targets(given, wanted, 1.0))
         apart = losses.cosine if kind == "cosine" else losses.relative_error
