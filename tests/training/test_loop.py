@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from laconic.core.errors import DataError, StorageError, TrainingError
 from laconic.core.progress import Progress
+from laconic.program.capture import capture
 from laconic.training import checkpoint
 from laconic.training.feed import Feed
-from laconic.training.job import Loss
+from laconic.training.job import Job, Loss
 from laconic.training.loop import train
 from laconic.training.plan import Plan
 
@@ -303,3 +305,37 @@ def test_progress_names_loss_and_time_left(sample, program, task):
     train(sample.make_job(program, task, PLAN, progress=Bars()))
     assert sum(steps for steps, _ in notes) == 7
     assert all("loss " in note and note.endswith(" left") for steps, note in notes if note)
+
+
+def test_a_last_step_with_an_infinite_gradient_keeps_the_last_good_state(sample, program, task):
+    good = sample.make_job(program, task, PLAN)
+
+    def steep(forward, batch, number):
+        loss = good.objective(forward, batch, number)
+        root = (loss.value * 0).sqrt() if number == 6 else 0.0  # zero; its gradient is not finite
+        return Loss(loss.value + root, loss.samples)
+
+    for score in (None, good.score):
+        job = sample.make_job(program, task, PLAN, score=score, objective=steep)
+        got = train(job)
+        assert any("NaN at step 7 of 7; the state of step" in note for note in got.notes)
+        assert got.best_step < 7
+        assert all(bool(t.isfinite().all()) for t in sample.tensors(job.program).values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_sample_alone_behind_pooling_leaves_statistics_finite(accumulate):
+    layers = [nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)]
+    program = capture(nn.Sequential(*layers).eval(), (torch.randn(2, 6),)).clone()
+    x = torch.randn(9, 6)
+    batches = [(part, torch.zeros(len(part), dtype=torch.int64)) for part in x.split(4)]
+
+    def objective(forward, batch, number):
+        del number
+        return Loss(nn.functional.cross_entropy(forward(batch[0])[0], batch[1]), len(batch[0]))
+
+    names = [name for name, tensor in program.tensors() if isinstance(tensor, nn.Parameter)]
+    plan = Plan(steps=3, accumulate=accumulate, precision="fp32", evaluations=1)
+    train(Job(program=program, names=names, objective=objective, loader=batches, plan=plan))
+    assert all(bool(t.isfinite().all()) for _, t in program.tensors())
+    assert float(program.tensor("1.running_mean").abs().max()) > 0

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from laconic.program.capture import capture
-from laconic.training.normalization import MergedStatistics
+from laconic.training.normalization import LoneValues, MergedStatistics
 from laconic.training.processes import Processes
 
 
@@ -97,3 +97,17 @@ def test_instance_norm_statistics_are_averaged_over_instances(generator):
     assert names
     for name in names:
         torch.testing.assert_close(ours.tensor(name), native.tensor(name), rtol=1e-6, atol=1e-6)
+
+
+def test_a_lone_value_is_normalised_by_the_running_statistics(generator):
+    x = torch.randn(7, 3, 1, 1, generator=generator) * 3 + 2
+    alone, merged, native = (captured(nn.BatchNorm2d(3)) for _ in range(3))
+    held = native.clone().eval()
+    with LoneValues():
+        assert torch.equal(alone.run_flat(x[:1])[0], held.run_flat(x[:1])[0])
+        assert torch.equal(alone.tensor("0.running_var"), held.tensor("0.running_var"))
+        assert torch.equal(alone.run_flat(x)[0], native.run_flat(x)[0])
+    assert torch.equal(alone.tensor("0.running_var"), native.tensor("0.running_var"))
+    run(merged, [x[:1], x])  # what stands alone does not count
+    for name in ("0.running_mean", "0.running_var"):
+        torch.testing.assert_close(merged.tensor(name), native.tensor(name), rtol=1e-6, atol=1e-6)

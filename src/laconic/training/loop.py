@@ -21,7 +21,7 @@ from laconic.training import checkpoint
 from laconic.training.feed import Feed, forked, mixed, seed_all
 from laconic.training.interrupts import Interrupt, deferred
 from laconic.training.job import Forward, Job, Trained
-from laconic.training.normalization import MergedStatistics
+from laconic.training.normalization import LoneValues, MergedStatistics, has_batch_norm
 from laconic.training.optimizers import build, clip
 from laconic.training.plan import DEFAULT_EPOCHS, Plan, steps_within
 from laconic.training.precision import autocast, set_layout, wants_channels_last
@@ -82,6 +82,8 @@ class _Run:
         self.state.step = self.state.best_step = job.start
         self.processes.same_([tensor for _, tensor in job.program.tensors()])
         self.forward = self._forward()
+        norms = has_batch_norm(job.program) and not self.plan.compile
+        self.lone = LoneValues() if norms else nullcontext()
         self.notes: list[str] = []
         self.recent: list[float] = []  # losses since the last evaluation
         self.seen = 0.0  # what was watched at the last evaluation
@@ -171,7 +173,7 @@ class _Run:
                 base = self.state.step * self.batches
                 loss, stop = self._step(batches, base, self.plan.rate(self.state.step))
                 if not math.isfinite(loss):
-                    self._diverged(loss)
+                    self._diverged(f"the loss became {loss}", self.state.step + 1)
                     return
                 self.recent.append(loss)
                 self._moved()
@@ -203,7 +205,7 @@ class _Run:
             if merged is not None:
                 merged.start()
             seed_all(mixed(self.job.seed, base + index, 2), self.job.device)
-            with merged or nullcontext(), autocast(self.job.device, self.plan.precision):
+            with merged or self.lone, autocast(self.job.device, self.plan.precision):
                 loss = self.job.objective(self.forward, batch, base + index)
             weight = loss.samples if merged is not None else 1
             (loss.value * weight).backward()
@@ -239,6 +241,9 @@ class _Run:
             return self.job.score(self.job.program, self.plan.precision)
 
     def _judge(self) -> None:
+        if not self.state.finite():  # a finite loss can have a gradient that is not
+            self._diverged("weights became infinite or NaN", self.state.step)
+            return
         score = self._evaluate() if self.job.score else None
         loss = sum(self.recent) / max(1, len(self.recent))
         self.recent.clear()
@@ -257,17 +262,17 @@ class _Run:
         if self.state.attendant.judged(self.state.step):
             self.state.judge(score)
 
-    def _diverged(self, loss: float) -> None:
+    def _diverged(self, what: str, step: int) -> None:
         self.state.ended = True
-        place = f"step {self.state.step + 1} of {self.plan.steps}"
+        told = f"{what} at step {step} of {self.plan.steps}"
         best = self.state.best_step
         if best == self.job.start or not self.state.attendant.judged(best):
             raise TrainingError(
-                f"the loss became {loss} at {place}, before any state worth keeping",
+                f"{told}, before any state worth keeping",
                 where="training",
                 hint=f"take a lower lr than {self.plan.lr:g}, a longer warmup, or check the data",
             )
-        self.notes.append(f"the loss became {loss} at {place}; the state of step {best} was kept")
+        self.notes.append(f"{told}; the state of step {best} was kept")
 
     def _show(self, bar: Bar, loss: float, left: float) -> None:
         best = "" if (score := self.state.best_score) is None else f", best {score:.4g}"

@@ -6,16 +6,15 @@ from typing import Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import nn
 
 from laconic.program.program import Program
+from laconic.training.normalization import has_batch_norm
 
 Optimizer = Literal["auto", "sgd", "adamw"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 DEFAULT_EPOCHS = 5.0
-_NORMS = (torch.ops.aten.batch_norm.default,)
 
 
 class Plan(BaseModel):
@@ -81,7 +80,7 @@ class Plan(BaseModel):
         """This plan with everything but the length decided for a program and a machine."""
         optimizer = self.optimizer
         if optimizer == "auto":
-            optimizer = "sgd" if _has_batch_norm(program) else "adamw"
+            optimizer = "sgd" if has_batch_norm(program) else "adamw"
         sgd = optimizer == "sgd"
         precision = self.precision
         if precision == "auto":
@@ -139,7 +138,3 @@ def computes_bf16(device: torch.device) -> bool:
     ask = getattr(torch.cpu, "get_capabilities", dict)  # not in every torch we allow
     found = ask()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _has_batch_norm(program: nn.Module) -> bool:
-    return isinstance(program, Program) and any(n.target in _NORMS for n in program.graph.nodes)

@@ -85,6 +85,10 @@ class State:
         finally:
             self._load(held)
 
+    def finite(self) -> bool:
+        """Whether all that is trained is finite."""
+        return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in self._names)
+
     def judge(self, score: float | None) -> None:
         """Keep this state if it is the best; of equals, and without scores, the later one.
 
