@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from laconic.core.errors import BudgetError, MissingExtra
+from laconic.core.errors import BudgetError, DataError, MissingExtra
 from laconic.methods.base import Context
 from laconic.methods.nas import search as nas_search
 from laconic.methods.nas.search import Search
@@ -200,3 +200,26 @@ def test_without_labels_the_distance_to_the_original_counts(program, context):
     everything = {**FEW, "space": {"width:*": [1.0, 0.5]}}
     whole = Search(**everything, trials=2).apply(program, Sites(), replace(context, task=task))
     assert "no budget was given" in " ".join(whole.notes)
+
+
+@pytest.mark.parametrize("by", ["inherited", "predictor"])
+def test_members_that_score_nan_are_never_taken(program, context, by):
+    task, asked = context.task, []
+
+    def metric(outputs, targets):
+        asked.append(0)
+        scores = task.metric(outputs, targets)
+        return scores * float("nan") if len(asked) % 2 else scores
+
+    held = replace(context, task=replace(task, metric=metric))
+    method = Search(**FEW, macs=0.8, strategy="random", trials=8, by=by)
+    got = method.apply(program, Sites(), held)
+    assert got.figures["score"] == got.figures["score"]  # a number
+    assert any(trial["score"] is None for trial in got.figures["history"])
+
+    def nothing(outputs, targets):
+        return task.metric(outputs, targets) * float("nan")
+
+    held = replace(context, task=replace(task, metric=nothing))
+    with pytest.raises(DataError, match="none of .* members has a score"):
+        method.apply(program, Sites(), held)

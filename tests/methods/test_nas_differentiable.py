@@ -14,6 +14,7 @@ from laconic.solvers.search.member_costs import Prices
 from laconic.solvers.search.relaxation import Relaxation
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
+from laconic.training.plan import Plan
 
 SPACE = {"width:*": [1.0, 0.75, 0.5, 0.25], "depth:*": [1.0, 0.5, 0]}
 
@@ -100,3 +101,15 @@ def test_budgets_out_of_reach_and_other_kinds_are_refused():
     for options in ({"space": {"bits:*": [8]}}, {"steps": 1}, {"explore": 1.0}):
         with pytest.raises(ValidationError):
             Differentiable(**options)
+
+
+def test_what_was_expected_survives_a_stop_and_forgets_trials():
+    _, _, _, relaxed = relaxed_of(program_of("no_bias"), {})
+    relaxed.expected = [(0, 0.9)]  # of a trial step
+    relaxed.begin(relaxed._student, Plan(steps=4, optimizer="sgd"))
+    assert relaxed.expected == []
+    relaxed.expected = [(0, 0.75), (2, 0.7)]
+    held = relaxed.tensors()
+    relaxed.begin(relaxed._student, Plan(steps=4, optimizer="sgd"))
+    relaxed.restore(held)
+    assert relaxed.expected == [(0, 0.75), (2, 0.7)]

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from laconic.core.errors import BudgetError
+from laconic.core.errors import BudgetError, DataError, RecipeError
 from laconic.program.capture import capture
-from laconic.solvers.search import proxies
+from laconic.solvers.search import member_search, proxies
+from laconic.solvers.search.member_search import Trial
 from laconic.solvers.search.score_model import ScoreModel
 from laconic.solvers.search.search_space import Knob, Space
 from laconic.solvers.search.strategies import Evolution, Random, Within
@@ -116,3 +117,34 @@ def test_zico_is_higher_where_gradients_agree():
 
     assert proxies.zico(program, steady, loss) > proxies.zico(program, wild, loss)
     assert proxies.zico(program, [(torch.ones(8, 4),)], loss) == 0.0  # no deviation at all
+
+
+def test_jacobian_refuses_what_has_no_gradients_to_compare():
+    words = capture(nn.Sequential(nn.Embedding(5, 4), nn.Flatten(), nn.Linear(12, 2)).eval(),
+                    (torch.zeros(2, 3, dtype=torch.int64),))  # fmt: skip
+    with pytest.raises(RecipeError, match="takes none"):
+        proxies.jacobian(words, [words.example], lambda out: out.sum())
+    with pytest.raises(DataError, match="found one"):
+        proxies.jacobian(chain(2), [(torch.randn(1, 3),)], lambda out: out.sum())
+
+
+def test_a_score_that_is_no_number_is_the_least():
+    space = Space((Knob("width", "a", (4, 3, 2, 1)),))
+    scores = {4: float("nan"), 3: 0.2, 2: float("nan"), 1: 0.3}
+    trials = [Trial({"a": n}, score, 1.0, {"macs": 1 / n}) for n, score in scores.items()]
+    assert max(trials, key=member_search.worth).score == 0.3
+    assert [t.score for t in member_search.front(trials, "macs")] == [0.2, 0.3]
+    plain = Trial({"width:a": 4}, float("nan"), 1.0, {}).plain(space, float)
+    assert plain == {"genes": [0], "score": None, "share": 1.0}
+    told = []
+
+    class Ones(Random):
+        def tell(self, member, values):
+            told.append(values)
+
+    within = Within(space, lambda member: -1.0)
+    member_search.explore(
+        Ones(within, generator()), lambda *_: float("nan"), {"macs": lambda _: 0.5}, 2,
+        ("score", "macs"),
+    )  # fmt: skip
+    assert told == [[member_search.worth(trials[0]), -0.5]] * 2

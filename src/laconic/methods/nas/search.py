@@ -27,12 +27,13 @@ stopped, or another budget, goes on from there.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 
-from laconic.core.errors import BudgetError
+from laconic.core.errors import BudgetError, DataError
 from laconic.methods.base import Changes, Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen
 from laconic.program.program import Program
@@ -119,7 +120,7 @@ class Search(Method):
         Raises:
             RecipeError: sites or patterns that match nothing, a resolution it does not take.
             BudgetError: the space has no member within the budget.
-            DataError: data that are missing or do not fit.
+            DataError: data that are missing or do not fit, scores that are all NaN.
             MissingExtra: Optuna is needed and not installed.
         """
         elastic = Elastic(program)
@@ -265,7 +266,11 @@ class _Hunt:
             Random(within, self.context.generator()), self.judge, costs,
             max(method.trials // 2, 2), ("score",), share, progress,
         )  # fmt: skip
-        model = ScoreModel(self.space, [t.member for t in found], [t.score for t in found])
+        known = [trial for trial in found if not isnan(trial.score)]
+        if len(known) < 2:
+            self._best(found)
+            known = found
+        model = ScoreModel(self.space, [t.member for t in known], [t.score for t in known])
         foretold = member_search.explore(
             strategy, lambda member, _: model(member), costs, _MODEL_TRIALS * method.trials,
             method.objectives, share,
@@ -315,7 +320,14 @@ class _Hunt:
     @staticmethod
     def _best(found: Sequence[Trial]) -> Trial:
         most = max(trial.share for trial in found)
-        return max((t for t in found if t.share == most), key=lambda trial: trial.score)
+        best = max((t for t in found if t.share == most), key=member_search.worth)
+        if isnan(best.score):
+            raise DataError(
+                f"none of {len(found)} members has a score: their outputs or the metric are NaN",
+                where="nas.search",
+                hint="check the program and the metric on validation data",
+            )
+        return best
 
     # the clock ----------------------------------------------------------------------------
 

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import isnan
 from typing import Any
 
 from laconic.core.progress import SILENT, Progress
 from laconic.solvers.search.search_space import Member, Space
 from laconic.solvers.search.strategies import Strategy
 
+_WORST = -1e30  # finite: samplers reckon with it
 ETA = 4
 """Each rung has so many times the data of the one before, and takes that part of its members."""
 Score = Callable[[Member, float], float]
@@ -28,7 +30,8 @@ class Trial:
     def plain(self, space: Space, shown: Callable[[float], float]) -> dict[str, Any]:
         """As JSON; the member by its places among the choices."""
         costs = {name: round(value, 5) for name, value in self.costs.items()}
-        return {"genes": list(space.genes(self.member)), "score": shown(self.score),
+        score = None if isnan(self.score) else shown(self.score)
+        return {"genes": list(space.genes(self.member)), "score": score,
                 "share": round(self.share, 4), **costs}  # fmt: skip
 
 
@@ -49,10 +52,10 @@ def explore(
             priced = {name: cost(member) for name, cost in costs.items()}
             trial = Trial(member, score(member, share), share, priced)
             strategy.tell(
-                member, [trial.score if name == "score" else -priced[name] for name in objectives]
+                member, [worth(trial) if name == "score" else -priced[name] for name in objectives]
             )
             found.append(trial)
-            bar.advance(1, f"best {max(found, key=_score).score:.4g}")
+            bar.advance(1, f"best {max(found, key=worth).score:.4g}")
     return found
 
 
@@ -67,12 +70,12 @@ def promoted(
     best = _unique(found)
     for rung in range(1, rungs):
         share = float(ETA) ** (rung + 1 - rungs)
-        best = sorted(best, key=_score, reverse=True)[: max(len(best) // ETA, 1)]
+        best = sorted(best, key=worth, reverse=True)[: max(len(best) // ETA, 1)]
         best = [
             replace(trial, score=score(trial.member, share), share=share)
             for trial in progress.track(best, f"rung {rung + 1} of {rungs}", len(best))
         ]
-    return sorted(best, key=_score, reverse=True)
+    return sorted(best, key=worth, reverse=True)
 
 
 def front(found: Sequence[Trial], cost: str) -> list[Trial]:
@@ -82,7 +85,7 @@ def front(found: Sequence[Trial], cost: str) -> list[Trial]:
     """
     most = max((trial.share for trial in found), default=1.0)
     ranked = sorted(
-        (trial for trial in _unique(found) if trial.share == most),
+        (t for t in _unique(found) if t.share == most and not isnan(t.score)),
         key=lambda trial: (trial.costs[cost], -trial.score),
     )
     kept: list[Trial] = []
@@ -92,8 +95,9 @@ def front(found: Sequence[Trial], cost: str) -> list[Trial]:
     return kept
 
 
-def _score(trial: Trial) -> float:
-    return trial.score
+def worth(trial: Trial) -> float:
+    """The score; of a member whose outputs are not numbers less than any other."""
+    return _WORST if isnan(trial.score) else trial.score
 
 
 def _unique(found: Sequence[Trial]) -> list[Trial]:

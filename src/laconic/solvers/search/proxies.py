@@ -17,6 +17,7 @@ from math import log
 import torch
 from torch import Tensor
 
+from laconic.core.errors import DataError, RecipeError
 from laconic.program.program import Program
 from laconic.solvers.recalibrate import norms
 from laconic.statistics.gradients import Loss
@@ -53,13 +54,26 @@ def synflow(program: Program, batches: Sequence[Sequence[Tensor]], loss: Loss) -
 
 
 def jacobian(program: Program, batches: Sequence[Sequence[Tensor]], loss: Loss) -> float:
-    """Minus the sum of log(v + k) + 1 / (v + k) over eigenvalues of the samples' correlations."""
+    """Minus the sum of log(v + k) + 1 / (v + k) over eigenvalues of the samples' correlations.
+
+    Raises:
+        RecipeError: no float input, whose gradients could be compared.
+        DataError: a single sample.
+    """
     del loss
     work = _copy(program)
     flat = [t.clone() for t in batches[0]]
     watched = [t.requires_grad_() for t in flat if t.is_floating_point() and t.ndim > 1]
     if not watched:
-        return 0.0
+        raise RecipeError(
+            "jacobian compares gradients at float inputs, and this program takes none",
+            where="by",
+            hint='take by: "zico", "synflow" or "inherited"',
+        )
+    if len(watched[0]) < 2:
+        raise DataError(
+            "jacobian compares samples, found one", where="calibration", hint="give a few dozen"
+        )
     with torch.enable_grad():
         out = [o for o in work.run_flat(*flat) if o.is_floating_point()]
         total = torch.stack([o.sum() for o in out]).sum()

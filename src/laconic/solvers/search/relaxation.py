@@ -95,7 +95,16 @@ class Relaxation(Attendant):
         self._steps, self._each = plan.steps or 1, plan.accumulate or 1
         adam = plan.optimizer == "adamw"
         self._scale = _ADAM_STEP / (plan.lr or 1.0) if adam else _SGD_SCALE
+        self.expected.clear()  # of trial steps
         del program
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """What was expected so far."""
+        return {"expected": torch.tensor(self.expected, dtype=torch.float64).reshape(-1, 2)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `tensors`."""
+        self.expected = [(int(step), part) for step, part in tensors["expected"].tolist()]
 
     def around(self, objective: Objective) -> Objective:
         """The objective of the network that is drawn, and the penalty on what all would cost."""
