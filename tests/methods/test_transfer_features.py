@@ -1,5 +1,7 @@
 """transfer.features: where a network is cut, what stays, what the new head says."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -207,3 +209,14 @@ def test_answers_for_every_token_are_refused():
     program = capture(zoo.shake(Tokens(), 1), (ids,), dynamic=("batch", "sequence"))
     with pytest.raises(RecipeError, match="one answer for each sample"):
         extract(program, language_modelling(train=[(ids, ids)]))
+
+
+def test_validation_data_without_labels_are_not_asked():
+    program = net()
+    task = labelled(program)
+    bare = replace(task, validation=[(x, None) for x, _ in task.validation])
+    made = extract(program, bare, node="relu_1")
+    assert any("no labelled validation data" in note for note in made.notes)
+    without = extract(program, replace(task, validation=None), node="relu_1")
+    assert made.figures["probes"] == without.figures["probes"]
+    assert made.figures["scale"] == without.figures["scale"]

@@ -117,8 +117,8 @@ class _Extraction:
         body = heads.cut_at(dense, taken.spot)
         student, head = heads.crowned(body, self._weights(taken), answer.shape)
         notes: list[str] = []
-        if task.validation is None:
-            notes.append("there are no validation data: probes were scored on training data")
+        if not labelled(task):
+            notes.append("no labelled validation data: probes were scored on training data")
         figures = _table(found, taken.spot, task)
         figures["macs"] = [cost(dense).macs, cost(student).macs]
         resolved = method.model_dump(mode="json", exclude_defaults=True)
@@ -168,9 +168,10 @@ class _Extraction:
         there = body.clone().to(context.device)
         home = student.tensor(head.layers[0][0]).device
         held: list[tuple[Tensor, Any, int]] = []
-        for number, batch in enumerate(task.batches("validation", "train")):
+        split = "validation" if labelled(task) else "train"
+        for number, batch in enumerate(task.batches(split)):
             inputs, targets = task.split(batch)
-            flat = flat_inputs(body, inputs, f"validation batch {number}")
+            flat = flat_inputs(body, inputs, f"{split} batch {number}")
             with torch.no_grad():
                 (features,) = there.run_flat(*(tensor.to(context.device) for tensor in flat))
             held.append((features.to(home), to_device(targets, home), count(body, flat)))

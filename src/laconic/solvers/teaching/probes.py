@@ -28,6 +28,7 @@ from laconic.solvers.least_squares import Fit
 from laconic.statistics.batches import check_inputs, count, flat_inputs, padding_mask
 from laconic.statistics.gram import Gram
 from laconic.statistics.walk import Order, Walk
+from laconic.training.evaluation import labelled
 from laconic.training.feed import Feed, forked
 
 MOST = 4096
@@ -175,8 +176,8 @@ def probe(
     Args:
         program: in eval mode, on `device`.
         places: where.
-        answer: what is asked for; the training data are fitted, the validation data (else the
-            training data again) scored.
+        answer: what is asked for; the training data are fitted, the validation data (without
+            labels the training data again) scored.
         samples: at most so many of either.
         seed: of the order of the training data.
         device: where the program runs.
@@ -234,7 +235,7 @@ def cheapest(
 
 def _some(task: Task, split: str, seed: int) -> Iterator[tuple[str, Any]]:
     """One pass over a split; training data in the order of a seed."""
-    if split == "validation" and task.validation is not None:
+    if split == "validation" and task.validation is not None and labelled(task):
         for number, batch in enumerate(task.validation):
             yield f"validation batch {number}", batch
         return
