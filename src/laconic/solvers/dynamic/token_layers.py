@@ -23,6 +23,7 @@ _ON_THE_WAY = (
     *("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.masked_fill", "aten.where", "aten.to"),
     *("aten._to_copy", "aten.dropout", "aten.clone", "aten.maximum", "aten.contiguous"),
 )
+_SIZE = "aten.sym_size"
 _PROBES = 3
 _HIDDEN = -1e4  # an additive mask of at most this hides a key
 
@@ -135,11 +136,13 @@ def mask_input(program: Program, tokens: int) -> fx.Node | None:
 
 
 def made_of(program: Program, mask: fx.Node | None) -> set[fx.Node]:
-    """Nodes computed from the mask and constants alone."""
+    """Nodes computed from the mask, constants and sizes of inputs (the batch's) alone."""
     if mask is None:
         return set()
     found, other = {mask}, {node for node in program.placeholders if node is not mask}
     for node in program.graph.nodes:
+        if operator_name(node) == _SIZE:
+            continue
         if any(source in other for source in node.all_input_nodes):
             other.add(node)
         elif any(source in found for source in node.all_input_nodes):
@@ -174,10 +177,13 @@ def hides_padding_only(program: Program, node: fx.Node, mask: fx.Node) -> bool:
 
 
 def _value(program: Program, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    """What a node gives that needs only `known` inputs and stored tensors."""
+    """What a node gives that needs only `known` inputs, stored tensors, and sizes of others."""
     if node not in known:
         if node.op == "get_attr":
             known[node] = program.tensor(str(node.target))
+        elif operator_name(node) == _SIZE:
+            sized: Any = node.args[0]
+            known[node] = sized.meta["shape"][arguments(node)["dim"]]
         else:
 
             def fetch(source: fx.Node) -> Any:
