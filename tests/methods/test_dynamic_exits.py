@@ -154,6 +154,10 @@ def test_too_few_samples_promise_nothing_and_change_nothing(trained, task):
     few = classification(train=task.train[:1], validation=task.validation[:1])
     made = EarlyExit(steps=1, max_drop=0.3).apply(program, Sites(), context_of(program, few))
     assert "cannot certify 0.3 points at 95 % confidence" in made.notes[-1]
+    x, y = task.validation[0]
+    one = classification(train=task.train[:1], validation=[(x[:1], y[:1])])
+    with pytest.raises(DataError, match="1 validation samples; limits are chosen on some"):
+        EarlyExit(steps=1).apply(program, Sites(), context_of(program, one))
     assert made.resolved["limits"] == [NEVER, NEVER]
     assert not choices(made.program)
 
@@ -163,8 +167,8 @@ def test_without_labelled_validation_data_nothing_is_promised(trained, task):
     without = classification(train=task.train)
     with pytest.raises(DataError, match="no validation data"):
         EarlyExit(steps=1).apply(program, Sites(), context_of(program, without))
-    bare = classification(train=task.train, validation=[(x, None) for x, _ in task.validation])
-    with pytest.raises(DataError, match="no targets"):
+    bare = classification(train=[], validation=[(x, None) for x, _ in task.validation])
+    with pytest.raises(DataError, match="no targets"):  # before anything is trained
         EarlyExit(steps=1).apply(program, Sites(), context_of(program, bare))
 
 
@@ -199,6 +203,34 @@ def test_what_has_no_confidence_is_refused(trained, task):
         for method in (EarlyExit(), Cascade()):
             with pytest.raises(RecipeError, match="no confidence to leave by"):
                 method.apply(program, Sites(), context_of(program, other))
+
+
+class Words(nn.Module):
+    """Two layers on tokens and their mean: [batch, 5, 4], mask [batch, 5] -> [batch, 3]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.out = nn.Linear(4, CLASSES)
+
+    def forward(self, x, mask):
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        real = mask.unsqueeze(-1).to(x.dtype)
+        return self.out((x * real).sum(1) / real.sum(1))
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "trained"])
+def test_padding_does_not_speak_at_an_exit(backbone):
+    x = torch.randn(6, 5, 4)
+    mask = (torch.arange(5) < torch.tensor([5, 1, 2, 3, 4, 3])[:, None]).long()
+    program = capture(Words().eval(), {"x": x[:2], "mask": mask[:2]})
+    task = classification(train=[({"x": x, "mask": mask}, torch.arange(6) % CLASSES)])
+    method = EarlyExit(at=["layers.0"], steps=2, limits=100.0, backbone=backbone)
+    made = method.apply(program, Sites(), context_of(program, task)).program
+    other = torch.where(mask.bool().unsqueeze(-1), x, 7.0)
+    assert torch.equal(made(x, mask), made(other, mask))
+    assert not torch.equal(made(x, mask), made(x, torch.ones_like(mask)))
 
 
 def test_a_value_that_cannot_be_pooled_is_named(trained, task):

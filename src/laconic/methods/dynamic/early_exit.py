@@ -38,7 +38,13 @@ from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.dynamic import confidence, exits
-from laconic.solvers.dynamic.answers import classes_of, figures_of, judged, why_none
+from laconic.solvers.dynamic.answers import (
+    check_held_out,
+    classes_of,
+    figures_of,
+    judged,
+    why_none,
+)
 from laconic.solvers.dynamic.confidence import NEVER, Answers, Measure
 from laconic.solvers.dynamic.exit_training import train_along, train_heads
 from laconic.solvers.dynamic.exits import Place
@@ -107,7 +113,7 @@ class EarlyExit(Plan, Method):
                 program=program.clone(), resolved={**resolved, "limits": given}, notes=[note]
             )
         if given is None:
-            context.task.batches("validation")  # refuses before anything is trained
+            check_held_out(context.task)  # refuses before anything is trained
         made, nodes, trained = self._trained(work, found, classes, context)
         figures: dict[str, Any] = {"places": {place.name: place.share for place in found}}
         notes = list(trained.notes)

@@ -45,6 +45,22 @@ def classes_of(program: Program, task: Task, measure: Measure | None) -> tuple[M
     return measure or "max", int(shape[1])
 
 
+def check_held_out(task: Task) -> None:
+    """Refuse a task whose validation data cannot keep a promise, by their first batch.
+
+    Raises:
+        DataError: there are none, or they have no targets.
+    """
+    for batch in task.batches("validation"):
+        if task.split(batch)[1] is None:
+            raise _without_targets(0)
+        return
+
+
+def _without_targets(number: int) -> DataError:
+    return DataError("has no targets to compare with", where=f"validation batch {number}")
+
+
 @torch.no_grad()
 def judged(
     program: Program,
@@ -78,7 +94,7 @@ def judged(
         moved = to_device(flat, context.device)
         targets = to_device(targets, context.device)
         if targets is None:
-            raise DataError("has no targets to compare with", where=f"validation batch {number}")
+            raise _without_targets(number)
         logits = asked.run_flat(*moved)
         held = [_scores(program, task, each, targets) for each in logits]
         wanted = held[-1]

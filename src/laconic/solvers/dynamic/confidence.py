@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
+from laconic.core.errors import DataError
 from laconic.core.task import Task
 from laconic.measuring import accuracy, intervals
 from laconic.program.choices import CHOOSE
@@ -33,6 +34,7 @@ from laconic.program.program import Program
 Measure = Literal["max", "entropy", "margin"]
 Floats = NDArray[np.float64]
 NEVER = -1.0
+_FEWEST = 2
 _CHOOSING = 1 / 3  # part of the samples on which the direction is sought
 _COMBINATIONS = 8000
 _STEPS = np.geomspace(1 / 32, 4, 43)
@@ -155,12 +157,21 @@ def solve(
     """The loosest limits, along the best direction, whose drop is certified.
 
     Args:
-        answers: at least three samples.
+        answers: of two samples at the least.
         task: its unit and direction.
         max_drop: in the task's unit (points for accuracy).
         confidence: that the drop is within it.
         generator: says which samples choose and which test.
+
+    Raises:
+        DataError: fewer samples than that.
     """
+    if len(answers.reference) < _FEWEST:
+        raise DataError(
+            f"{len(answers.reference)} validation samples; limits are chosen on some and tested on "
+            f"others, which takes {_FEWEST} at the least, and thousands for a promise",
+            where="validation",
+        )
     order = torch.randperm(len(answers.reference), generator=generator).numpy()
     cut = max(1, round(_CHOOSING * len(order)))
     choosing, testing = answers.part(order[:cut]), answers.part(order[cut:])

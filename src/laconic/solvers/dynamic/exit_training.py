@@ -11,7 +11,7 @@ from torch import nn
 from laconic.core.errors import DataError
 from laconic.core.task import Task, to_device
 from laconic.program.program import Program
-from laconic.solvers.dynamic.exits import Place
+from laconic.solvers.dynamic.exits import Place, sources
 from laconic.solvers.teaching.learning import Course
 from laconic.statistics.batches import check_inputs, count, flat_inputs
 from laconic.training import losses
@@ -87,7 +87,7 @@ def train_heads(
     alpha: float,
 ) -> Trained:
     """Train heads in place; the network in front of them stays as it is and only runs forward."""
-    names = [place.node for place in found]
+    names = sources(found)
     plan = _settled(plan, heads, course, fresh=True)
     teacher = Original(program, names, course.device, plan.precision)
     lessons = Lessons(

@@ -2,7 +2,8 @@
 
 A place is a value on which everything later depends: what was computed before is needed through it
 alone (ends of residual blocks, outputs of layers). A head pools it and maps it to the output's
-shape; its width is what a share of the network's multiply-adds allows.
+shape; its width is what a share of the network's multiply-adds allows. Of tokens those are pooled
+that the network's padding mask lets through.
 """
 
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from laconic.core.suggest import nearest
 from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.program import Program
+from laconic.solvers.dynamic.token_layers import mask_input
 from laconic.solvers.layers.grafting import graft
 
 _FIRST = {"conv1d", "conv_transpose1d", "batch_norm", "max_pool1d", "avg_pool1d"}
@@ -34,6 +36,7 @@ class Place:
         shape: of the value on the example inputs.
         first: whether features are dimension 1; otherwise they are the last one.
         share: of the multiply-adds, what it takes to get there.
+        mask: the input that hides padding among the tokens of the value; "" where there is none.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Place:
     shape: tuple[int, ...]
     first: bool
     share: float
+    mask: str = ""
 
 
 def places(program: Program) -> list[Place]:
@@ -55,7 +59,7 @@ def places(program: Program) -> list[Place]:
             found[work.until(node)] = node
     origins = [str(node.meta.get("origin") or "") for node in found.values()]
     return [
-        _place(node, macs / work.total, origin if origin and origins.count(origin) == 1 else "")
+        _place(program, node, macs / work.total, origin if origins.count(origin) == 1 else "")
         for (macs, node), origin in zip(found.items(), origins, strict=True)
     ]
 
@@ -84,7 +88,8 @@ def named(program: Program, names: Sequence[str]) -> list[Place]:
                 where=f"at {name}",
                 hint="take the end of a block or a layer, float of [batch, features, ...]",
             )
-        found.append(_place(same[-1], work.until(same[-1]) / max(work.total, 1), name))
+        share = work.until(same[-1]) / max(work.total, 1)
+        found.append(_place(program, same[-1], share, name))
     return found
 
 
@@ -160,9 +165,11 @@ def _narrow(program: Program, work: _Work) -> list[fx.Node]:
     return found
 
 
-def _place(node: fx.Node, share: float, name: str) -> Place:
-    shape = tuple(node.meta["shape"])
-    return Place(name or node.name, node.name, shape, _features_first(node), share)
+def _place(program: Program, node: fx.Node, share: float, name: str) -> Place:
+    shape, first = tuple(node.meta["shape"]), _features_first(node)
+    mask = mask_input(program, shape[1]) if len(shape) == 3 and not first else None
+    hides = "" if mask is None else mask.name
+    return Place(name or node.name, node.name, shape, first, share, hides)
 
 
 def _features_first(node: fx.Node) -> bool:
@@ -192,7 +199,7 @@ class Head(nn.Module):
 
     def __init__(self, place: Place, outputs: int, depth: int, budget: float) -> None:
         super().__init__()
-        shape = place.shape
+        shape, self.masked = place.shape, bool(place.mask)
         self.dims = [1] if not place.first else list(range(2, len(shape)))
         features = shape[1] if place.first else shape[-1]
         self.body: nn.Module = nn.Identity()
@@ -208,10 +215,13 @@ class Head(nn.Module):
                 features = width
         self.out = nn.Linear(features, outputs)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[batch, ...]` → `[batch, outputs]`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[batch, ...]`, and for tokens a mask `[batch, tokens]` → `[batch, outputs]`."""
         x = self.body(x)
-        if self.dims:
+        if self.masked and mask is not None:
+            real = mask.to(x.dtype).unsqueeze(-1)
+            x = (x * real).sum(1) / real.sum(1).clamp(min=1)
+        elif self.dims:
             x = x.mean(self.dims)
         return self.out(self.hidden(x))
 
@@ -257,11 +267,12 @@ class _Heads(nn.Module):
         self.exits = nn.ModuleList(heads)
 
     def forward(self, values: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(head(value) for head, value in zip(self.exits, values, strict=True))
+        mask = values[-1] if len(values) > len(self.exits) else None
+        return tuple(head(value, mask) for head, value in zip(self.exits, values, strict=False))
 
 
 def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed: int) -> Program:
-    """A Program of its own: the values at the places → `[batch, outputs]` of each exit.
+    """A Program of its own: the values of `sources(found)` → `[batch, outputs]` of each exit.
 
     Args:
         found: the places.
@@ -274,7 +285,13 @@ def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed:
         torch.manual_seed(seed)
         module = _Heads([Head(place, outputs, depth, budget) for place in found])
         values = tuple(torch.randn(place.shape) for place in found)
+        values += tuple(torch.ones(place.shape[:2]) for place in found if place.mask)[:1]
     return capture(module.eval(), (values,))
+
+
+def sources(found: Sequence[Place]) -> list[str]:
+    """What the heads read, by name: the values at the places, then the padding mask if any is."""
+    return [place.node for place in found] + [place.mask for place in found if place.mask][:1]
 
 
 def attach(program: Program, made: Program, found: Sequence[Place]) -> list[str]:
@@ -283,4 +300,4 @@ def attach(program: Program, made: Program, found: Sequence[Place]) -> list[str]
     The program is changed; recompile and propagate it afterwards.
     """
     by_name = {node.name: node for node in program.graph.nodes}
-    return [node.name for node in graft(program, made, [by_name[p.node] for p in found])]
+    return [node.name for node in graft(program, made, [by_name[n] for n in sources(found)])]
