@@ -156,3 +156,43 @@ def test_a_value_that_cannot_be_pooled_is_refused():
         apply({"nodes": ["mul"]}, program, task)
     made = apply({}, program, task)
     assert "0 of 2 heads" in made.notes[0]
+
+
+def test_trial_steps_cost_what_the_past_costs(program, monkeypatch):
+    asked = []
+    known = Earlier.__call__
+
+    def counted(self, flat):
+        asked.append(self.batches)
+        return known(self, flat)
+
+    monkeypatch.setattr(Earlier, "__call__", counted)
+    task = classification(train=batches())
+    made = apply({"steps": None, "minutes": 0.01, "evaluations": 1}, program, task)
+    trials = [length for length in asked if not length]
+    assert len(trials) >= 3
+    assert len(asked) - len(trials) == made.resolved["steps"]
+
+
+def test_padding_says_nothing_to_a_head():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+            self.out = nn.Linear(4, 4)
+
+        def forward(self, x, mask):
+            for layer in self.layers:
+                x = x + layer(x).tanh()
+            return self.out((x * mask.unsqueeze(-1)).sum(1) / mask.sum(1, keepdim=True))
+
+    x = torch.randn(6, 5, 4)
+    mask = (torch.arange(5) < torch.tensor([5, 1, 2, 3, 4, 3])[:, None]).float()
+    other = torch.where(mask.bool().unsqueeze(-1), x, 7.0)
+    held = capture(Words().eval(), {"x": x[:2], "mask": mask[:2]})
+    made = [
+        apply({}, held, classification(train=[({"x": one, "mask": mask}, torch.arange(6) % 4)]))
+        for one in (x, other)
+    ]
+    assert made[0].figures["heads"]
+    assert same(made[0].program, made[1].program)

@@ -186,9 +186,10 @@ class _Own:
     ) -> Tensor:
         """What the network's own output learns."""
         value = self.task.loss(self.student.signature.arrange(leaves), targets)
-        if self.earlier is None or number < 0 or not self.earlier.batches:
+        if self.earlier is None or number < 0:
             return value
-        share = self.options.past * min(1.0, number / self.earlier.batches)
+        # while steps are only timed, the length is not known, and the past costs what it costs
+        share = self.options.past * min(1.0, number / max(1, self.earlier.batches))
         past = self._logits(self.earlier(flat))
         apart = self._soft(self._logits(leaves), past, mask)
         return (1 - share) * value + share * apart
@@ -214,4 +215,5 @@ class _Own:
         return total / number
 
     def _soft(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        return soft(kind_for(self.task), student, teacher, self.options.temperature, mask)
+        kind = kind_for(self.task, student)
+        return soft(kind, student, teacher, self.options.temperature, mask)

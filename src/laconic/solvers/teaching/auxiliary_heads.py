@@ -1,7 +1,8 @@
 """Heads on inner nodes of a graph that give what its output gives, while it trains.
 
-A head brings its node's value to the width and the resolution of the deepest features, pools it,
-and maps it to the outputs; it is trained beside the network and thrown away.
+A head brings its node's value to the width and the resolution of the deepest features, pools it
+(padded tokens left out), and maps it to the outputs; it is trained beside the network and thrown
+away.
 """
 
 from collections.abc import Sequence
@@ -74,7 +75,9 @@ def heads_on(
         )
     if not chosen:
         return Heads(notes=notes)
-    made_of = _put(made, chosen, known[-1] if known else chosen[-1], wanted)
+    masks = [p for p in program.placeholders if "mask" in p.name and len(p.meta["shape"]) == 2]
+    mask = masks[0] if len(masks) == 1 else None
+    made_of = _put(made, chosen, known[-1] if known else chosen[-1], wanted, mask)
     return replace(made_of, notes=notes)
 
 
@@ -111,26 +114,33 @@ def _put(
     chosen: Sequence[fx.Node],
     deepest: fx.Node,
     wanted: Shape,
+    mask: fx.Node | None,
 ) -> Heads:
-    last, width = _pooled(made, deepest, wanted)
+    last, width = _pooled(made, deepest, wanted, mask)
     logits: list[str] = []
     points: list[str] = []
     for node in chosen:
         value = _like(made, node, deepest, width)
-        pooled, _ = _pooled(made, value, wanted, node)
+        pooled, _ = _pooled(made, value, wanted, mask, node)
         points.append(pooled.name)
         logits.append(made.linear(pooled, width, wanted[-1]).name)
     return Heads(tuple(node.name for node in chosen), (*logits, *points, last.name))
 
 
 def _pooled(
-    made: Beside, value: fx.Node, wanted: Shape, like: fx.Node | None = None
+    made: Beside,
+    value: fx.Node,
+    wanted: Shape,
+    mask: fx.Node | None,
+    like: fx.Node | None = None,
 ) -> tuple[fx.Node, int]:
     """`[batch, features]`, or `[batch, tokens, features]` if outputs are by token; the width."""
     shape: Shape = (like or value).meta["shape"]
     width = shape[1] if len(shape) != 3 else shape[2]
     if len(wanted) == 3 or len(shape) == 2:
         return value, width
+    if len(shape) == 3 and mask is not None and tuple(mask.meta["shape"]) == shape[:2]:
+        return made.mean_of_tokens(value, mask), width
     dims = [1] if len(shape) == 3 else list(range(2, len(shape)))
     return made.mean(value, dims), width
 

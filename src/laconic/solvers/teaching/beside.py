@@ -73,6 +73,14 @@ class Beside:
         """The mean over dimensions, which go."""
         return self.call(_aten.mean.dim, value, list(dims))
 
+    def mean_of_tokens(self, value: fx.Node, mask: fx.Node) -> fx.Node:
+        """Of `[batch, tokens, features]` the mean over tokens whose `mask [batch, tokens]` is 1."""
+        real = self.call(_aten.to.dtype, mask, torch.float32)
+        weight = self.call(_aten.unsqueeze.default, real, -1)
+        total = self.call(_aten.sum.dim_IntList, self.call(_aten.mul.Tensor, value, weight), [1])
+        count = self.call(_aten.sum.dim_IntList, weight, [1])
+        return self.call(_aten.div.Tensor, total, self.call(_aten.clamp.default, count, 1))
+
     def relu(self, value: fx.Node) -> fx.Node:
         """What is above zero."""
         return self.call(_aten.relu.default, value)
