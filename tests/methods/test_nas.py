@@ -125,6 +125,17 @@ def test_a_search_taken_up_again_pays_for_nothing_twice(program, context, tmp_pa
     assert other.apply(program, Sites(), held).figures["evaluated"] > 0
 
 
+def test_evaluations_on_other_data_are_not_taken(program, context, tmp_path):
+    method = Search(**FEW, macs=0.8, strategy="random", trials=3)
+    here = replace(context, workdir=tmp_path)
+    first = method.apply(program, Sites(), here)
+    assert method.apply(program, Sites(), here).figures["evaluated"] == 0
+    (x, y), *_ = context.task.validation
+    moved = [({name: value + 1 for name, value in x.items()}, y)]
+    other = replace(here, task=replace(context.task, validation=moved))
+    assert method.apply(program, Sites(), other).figures["evaluated"] == first.figures["evaluated"]
+
+
 def test_rungs_promote_the_best_to_more_data(program, context):
     got = Search(**FEW, macs=0.5, trials=8, rungs=2, strategy="random").apply(
         program, Sites(), context
