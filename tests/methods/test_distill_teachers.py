@@ -12,6 +12,7 @@ from laconic.methods.base import Context
 from laconic.methods.distill.logits import Logits
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
+from laconic.solvers.teaching.held_out import turned
 from laconic.training import losses
 from laconic.training.distillation import Distillation
 from laconic.training.teacher import Original
@@ -284,3 +285,11 @@ def test_held_out_batches_of_a_list_are_asked_about_once(monkeypatch):
     made = apply({"steps": 6, "evaluations": 3}, net(5), net(8), task)
     assert sorted(asked) == [-2, -1, 0, 1]
     assert len(made.figures["history"]) == 4
+
+
+def test_rounding_is_not_learned_by_heart():
+    rows = [(0, 0.2), (1, -4.4e-8), (2, -1e-9)]
+    history = [{"step": step, "divergence": value} for step, value in rows]
+    assert turned({"history": history, "best_step": 2}) == []
+    history.append({"step": 3, "divergence": 0.01})
+    assert "least at step 1" in turned({"history": history, "best_step": 1})[0]

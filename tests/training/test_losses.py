@@ -115,3 +115,9 @@ def test_several_teachers_are_averaged_in_probabilities(generator):
     torch.testing.assert_close(losses.mixture([one, two], "mse", 1.0), (one + two) / 2)
     again = losses.mixture([one, one], "dkd", temperature)
     assert losses.soft_targets(one, again, temperature) < 1e-6
+
+
+def test_a_mask_of_tokens_hides_no_features(generator):
+    student, teacher = (torch.randn(3, 5, generator=generator) for _ in range(2))
+    mask = (torch.arange(5) < 2).expand(3, -1)  # as many tokens as there are features
+    assert losses.relative_error(student, teacher, mask) == losses.relative_error(student, teacher)

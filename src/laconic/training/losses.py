@@ -116,10 +116,14 @@ def cosine(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tens
 
 
 def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """`|student - teacher|^2 / |teacher|^2`, any shape → scalar."""
+    """`|student - teacher|^2 / |teacher|^2`, any shape → scalar.
+
+    The mask needs features behind its dimensions: `[batch, features]` may be as wide as there are
+    tokens.
+    """
     wanted = teacher.float()
     difference = student.float() - wanted
-    if mask is not None and _fits(mask, wanted):
+    if mask is not None and wanted.ndim > mask.ndim and _fits(mask, wanted):
         held = _spread(mask, wanted)
         difference, wanted = difference * held, wanted * held
     return difference.pow(2).sum() / wanted.pow(2).sum().clamp(min=torch.finfo(wanted.dtype).tiny)

@@ -19,6 +19,7 @@ from laconic.training.processes import Processes
 
 Measure = Callable[[Program, str], float]
 _GROWN = 1.05  # a divergence that is that much above its least has turned
+_ROUNDING = 1e-6  # of divergences, which may come out below zero by it
 
 
 def figures_of(trained: Trained, task: Task, watch: str) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def turned(figures: Mapping[str, Any]) -> list[str]:
     """A sentence if the held-out divergence from the teacher rose again after a while."""
     told = [(e.get("divergence"), e["step"]) for e in figures["history"]]
     seen = [(value, step) for value, step in told if value is not None and math.isfinite(value)]
-    if not seen or seen[-1][0] <= _GROWN * min(seen)[0] or min(seen) == seen[0]:
+    limit = _GROWN * max(min(seen)[0], 0.0) + _ROUNDING if seen else 0.0
+    if not seen or seen[-1][0] <= limit or min(seen) == seen[0]:
         return []
     (least, step), (last, end) = min(seen), seen[-1]
     return [
