@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -56,3 +57,13 @@ def test_the_page_needs_no_other_file(result):
     assert "<head> is frozen" not in text  # notes are escaped
     assert "&lt;head&gt; is frozen: it is an output" in text  # and stand in the page
     assert "&lt;head&gt; is frozen" in text
+
+
+def test_figures_of_steps_are_told(result):
+    history = [{"step": n, "divergence": 0.25 / (n + 1), "score": None} for n in range(60)]
+    figures = {"best_step": 7, "bound": 0.29999, "limits": [0.5, -1.0], "history": history}
+    step = replace(result.steps[0], figures=figures)
+    text = page.render(replace(result, steps=[step]), "")
+    for piece in ("best_step: 7", "bound: 0.3", "limits: 0.5, -1", "divergence", "0.125",
+                  "the first 50 of 60"):  # fmt: skip
+        assert piece in text, piece

@@ -4,12 +4,14 @@ import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from laconic.engine.result import Result
 from laconic.reports import charts
 from laconic.reports.console import gain, shown_rows
 from laconic.reports.rows import best_latency, humane, rows, text
+
+_ROWS = 50  # of a history
 
 
 def write(result: Result, path: str | Path) -> Path:
@@ -169,7 +171,7 @@ def _steps(result: Result) -> str:
 
     body: list[tuple[str, ...]] = []
     for step in result.steps:
-        notes = _list(step.notes) if step.notes else ""
+        notes = (_list(step.notes) if step.notes else "") + _figures(step.figures)
         options = ", ".join(f"{k}={_short(v)}" for k, v in step.options.items())
         kept = "kept" if step.kept else f'<span class="no">undone: {_e(step.reason)}</span>'
         body.append(
@@ -183,6 +185,27 @@ def _steps(result: Result) -> str:
             )
         )
     return _table(("step", "MACs", "bytes", "score", "took", ""), body, {1, 2, 3, 4})
+
+
+def _figures(held: Mapping[str, Any]) -> str:
+    """A method's own numbers, folded: scores, bounds and states kept; histories as tables."""
+    tables = {key: value for key, value in held.items() if _is_table(value)}
+    lines = [f"{key}: {_short(_number(held[key]))}" for key in held if key not in tables]
+    shown = _list(lines) if lines else ""
+    for key, value in tables.items():
+        head = list(dict.fromkeys(column for row in value for column in row))
+        body = [
+            tuple(_e(_short(_number(row.get(column, "–")))) for column in head)
+            for row in value[:_ROWS]
+        ]
+        more = f", the first {_ROWS} of {len(value)}" if len(value) > _ROWS else ""
+        shown += f'<span class="dim">{_e(key + more)}</span>'
+        shown += _table(head, body, set(range(len(head))))
+    return f"<details><summary>figures</summary>{shown}</details>" if shown else ""
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _short(value: object) -> str:
@@ -219,8 +242,10 @@ def _parity(result: Result) -> str:
     return _table(("artifact", *keys), body, set(range(1, len(keys) + 1)))
 
 
-def _number(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _number(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_number(item) for item in cast("Sequence[Any]", value))
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _provenance(result: Result) -> str:
