@@ -288,3 +288,27 @@ def test_layers_without_anything_between_are_both_replaced():
     made = FactorizeSvd(samples=16, ratio=0.5).apply(program, Sites(), context).program
     assert sum(node.op == "call_function" for node in made.graph.nodes) == 4
     assert made(*program.example).isfinite().all()
+
+
+def test_inputs_too_large_to_be_squared_fall_back_in_words():
+    model = nn.Sequential(nn.Linear(6, 16), nn.Linear(16, 16), nn.Linear(16, 2))
+    program = capture(model.eval(), torch.randn(2, 6))
+    program.set_tensor("0.weight", 1e25 * program.tensor("0.weight").detach())
+    program.set_tensor("1.weight", 1e-25 * program.tensor("1.weight").detach())
+    context = Context(
+        task=classification(calibration=[torch.randn(64, 6)]), original=program.clone()
+    )
+    outcome = FactorizeSvd(energy=0.5).apply(program, Sites(), context)
+    assert any("1.weight: its inputs are too large" in note for note in outcome.notes)
+    assert all(bool(t.isfinite().all()) for _, t in outcome.program.tensors())
+
+
+def test_zeros_of_pruned_weights_are_told_lost():
+    program, context = setting("plain_cnn")
+    name = next(name for name, t in program.tensors() if t.ndim == 4 and len(t) > 4)
+    program.sparse = frozenset([name])
+    options = {"energy": 0.3, "weighting": "none", "repair": "none"}
+    outcome = FactorizeSvd(**options).apply(program, Sites.of(name), context)
+    assert name in outcome.resolved["ranks"]
+    assert f"{name}: its zeros are gone, the factors are dense" in outcome.notes
+    assert not outcome.program.sparse

@@ -61,6 +61,33 @@ def test_rows_times_matrix_is_the_layer(name):
     assert torch.equal(layer.weight_from(layer.matrix(weight).double(), weight), weight)
 
 
+@pytest.mark.parametrize("scale", [{"alpha": 2.0}, {"beta": 0.5}])
+def test_a_scaled_product_is_no_layer(scale):
+    """Its stored tensors are not the map: whoever multiplies by them would be wrong."""
+
+    class Scaled(Addmm):
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight, **scale)
+
+    assert layers(capture(Scaled(), torch.randn(2, 6))) == []
+
+
+def test_layers_with_one_bias_are_marked():
+    """Whoever writes the bias of one would change the other."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+            self.b.bias = self.a.bias
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+
+    found = layers(capture(Shared(), torch.randn(2, 4)))
+    assert [layer.shared for layer in found] == [True, True, False]
+
+
 def test_shared_and_grouped_layers_are_marked():
     class Shared(nn.Module):
         def __init__(self):

@@ -35,7 +35,7 @@ class Layer:
         in_dim, out_dim: which dimensions of the weight are columns and rows.
         space: spatial dimensions of a convolution, 0 for a linear layer.
         groups: convolution groups; only 1 has one set of columns.
-        shared: several nodes read the weight.
+        shared: several nodes read the weight, or the bias.
     """
 
     node: fx.Node
@@ -117,7 +117,11 @@ def layers(program: Program) -> list[Layer]:
             name = program.aliases.get(str(node.target), str(node.target))
             readers[name] = readers.get(name, 0) + len(node.users)
     tied = set(program.aliases.values())
-    return [_marked(layer, readers[layer.weight] > 1 or layer.weight in tied) for layer in found]
+    return [
+        _marked(layer, layer.weight in tied or any(readers.get(n or "", 0) > 1
+                                                   for n in (layer.weight, layer.bias)))
+        for layer in found
+    ]  # fmt: skip
 
 
 def pick(positions: int, columns: int, batches: int, seed: int) -> Tensor | None:
@@ -143,7 +147,10 @@ def _layer(program: Program, node: fx.Node) -> Layer | None:
         return None
     name = operator_name(node)
     if name in _PLAIN:
-        source, weight, bias = (arguments(node)[slot] for slot in _PLAIN[name])
+        given = arguments(node)
+        if any(given.get(factor, 1) != 1 for factor in ("alpha", "beta")):
+            return None  # the stored weight is not the map
+        source, weight, bias = (given[slot] for slot in _PLAIN[name])
         in_dim = 1 if name == "aten.linear" else 0
         return _plain(program, node, source, weight, bias, in_dim)
     if name in _PRODUCTS and isinstance(node.args[1], fx.Node):

@@ -32,7 +32,7 @@ from laconic.core.errors import RecipeError
 from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
-from laconic.program.equations import arguments, operator_name
+from laconic.program.equations import operator_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.channels.compensate import compensate
@@ -259,6 +259,8 @@ class _Job:
             )  # fmt: skip
             errors, self.notes = report.errors, [*self.notes, *report.notes]
         self._from_original(small, [name for name in self.options if name not in self.factors])
+        self.notes += [f"{name}: its zeros are gone, the factors are dense"
+                       for name in self.options if name in self.dense.sparse]  # fmt: skip
         if self.options:
             self._replace(small)
         if method.repair == "norms" and self.options:
@@ -342,11 +344,9 @@ def _refusal(layer: Layer, kind: Kind) -> str | None:
     if layer.groups != 1:
         return "depthwise and grouped convolutions have nothing to factorise between channels"
     if layer.shared:
-        return "its weight is tied or used by several operators"
+        return "its weight or bias is tied or used by several operators"
     if kind == "spatial" and layer.space < 2:
         return "spatial needs two spatial dimensions"
-    if any(arguments(layer.node).get(name, 1) != 1 for name in ("alpha", "beta")):
-        return "its product is scaled"
     return None
 
 
@@ -361,7 +361,7 @@ def _others(program: Program, known: Mapping[str, Layer]) -> dict[str, str]:
         if name in known or not isinstance(tensor, torch.nn.Parameter) or tensor.ndim < 2:
             continue
         used = ", ".join(sorted({operator_name(user) for user in node.users}))
-        found[name] = f"it is used by {used}, not by a linear layer or a 1-d or 2-d convolution"
+        found[name] = f"{used} uses it, not a plain linear layer or a 1-d or 2-d convolution"
     return found
 
 

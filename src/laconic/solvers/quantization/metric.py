@@ -52,6 +52,11 @@ def metric(
     moments = gram if bias else gram.raw()
     covariance = moments.covariance.double().cpu()
     columns, level = len(covariance), float(covariance.diagonal().mean())
+    if not bool(torch.isfinite(covariance).all()):
+        return (
+            None,
+            None,
+        ), "its inputs are too large to be multiplied, every direction counts alike"
     if level <= 0.0:
         return (
             None,
