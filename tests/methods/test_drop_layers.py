@@ -148,6 +148,14 @@ def test_few_samples_and_constant_data_fall_back_in_words(generator):
     assert torch.equal(zeros.program(x), x)
 
 
+def test_a_stream_too_large_to_be_squared_gets_no_linear_map(generator):
+    model = nn.Sequential(Res(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 6)))
+    x = 1e25 * torch.randn(64, 6, generator=generator)  # its square is beyond float32
+    outcome = drop(capture(model, x[:2]), data=x, count=1, replace="linear", importance="l1")
+    assert any("too large to be multiplied" in note for note in outcome.notes)
+    assert torch.equal(outcome.program(x), x)
+
+
 # what is refused ------------------------------------------------------------------------------
 
 

@@ -81,3 +81,12 @@ def test_residual_is_the_mean_squared_error_on_other_rows():
     fit = solve(gram(x[:25], t[:25]), torch.zeros(2, 4), 1e-3)
     other = residual(fit, gram(x[25:], t[25:]))
     assert torch.allclose(other, (x[25:] @ fit.weight.T + fit.bias - t[25:]).square().mean(0))
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_moments_that_are_not_finite_are_refused(bad):
+    x, t, _, _ = data(20, 3, 2)
+    held = gram(x, t)
+    held.scatter[1, 1] = bad
+    with pytest.raises(DataError, match="not finite"):
+        solve(held, torch.zeros(2, 3), 1e-3)

@@ -52,13 +52,15 @@ def solve(gram: Gram, prior: Tensor, ridge: float, *, bias: bool = True) -> Fit:
         bias: whether the map has one; without, moments are taken about zero.
 
     Raises:
-        DataError: no rows were seen.
+        DataError: no rows were seen, or rows too large to be multiplied.
     """
     if not gram.count:
         raise DataError("there are no calibration rows to fit")
     moments = gram if bias else gram.raw()
     prior = prior.to(moments.scatter)
     covariance, cross = moments.covariance, moments.cross / moments.count
+    if not bool(torch.isfinite(covariance).all()):
+        raise DataError("second moments of the calibration rows are not finite")
     level = float(covariance.diagonal().mean())
     if level <= 0.0:  # constant columns: only the bias can do anything
         weight = prior
@@ -148,7 +150,7 @@ def _held_out(
 def _solve_symmetric(matrix: Tensor, rows: Tensor) -> Tensor:
     """`rows @ inverse(matrix)` for a symmetric positive matrix; singular ones are damped further.
 
-    matrix: `[n, n]`, rows: `[m, n]`, both float64.
+    matrix: `[n, n]`, finite, rows: `[m, n]`, both float64.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix)
     damping = _NOISE * float(matrix.diagonal().mean())

@@ -98,8 +98,8 @@ def replace(
             notes.append(f"{branch.name}: {rows} calibration rows for {channels} channels, fitted "
                          "only as far as they reach; more samples would help")  # fmt: skip
         if fit is None:
-            notes.append(f"{branch.name}: calibration data give it a constant stream, none takes "
-                         "its place")  # fmt: skip
+            notes.append(f"{branch.name}: calibration data give it a constant stream, or one too "
+                         "large to be multiplied, none takes its place")  # fmt: skip
             branch.total.replace_all_uses_with(stream)
             continue
         _insert(program, branch, stream, fit, space)
@@ -144,7 +144,8 @@ def _fit(
     whole = Gram()
     whole.merge(halves[0])
     whole.merge(halves[1])
-    if not whole.count or float(whole.scatter.diagonal().sum()) <= 0.0:
+    finite = bool(torch.isfinite(whole.scatter).all() & torch.isfinite(whole.cross).all())
+    if not finite or float(whole.scatter.diagonal().sum()) <= 0.0:
         return None, 1.0, whole.count
     channels = len(whole.mean)
     fit = least_squares.refit(halves, whole.scatter.new_zeros(channels, channels))
