@@ -167,6 +167,29 @@ def test_a_constant_goes_into_a_bias_and_one_is_made_where_there_is_none(generat
     assert widths(merge(program, dead="none").program, ["0.weight"]) == [6]
 
 
+def test_a_constant_goes_behind_a_product_with_a_stored_matrix(generator):
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 6), nn.Linear(5, 2)
+            self.matrix = nn.Parameter(torch.randn(6, 5))
+
+        def forward(self, x):
+            return self.last(torch.relu(torch.relu(self.first(x)) @ self.matrix))
+
+    model = zoo.shake(Product(), 1)
+    with torch.no_grad():
+        model.first.weight[2] = model.first.weight[4] = 0
+        model.first.bias[2], model.first.bias[4] = 1.5, 0.5
+        model.matrix.abs_()  # a column of negative ones alone would be dead as well
+    x = torch.randn(3, 7, 4, generator=generator)
+    program = capture(model, x)
+    outcome = merge(program)
+    assert outcome.figures["dead"] == {"first.out": 2}
+    assert outcome.program.tensor("matrix").shape == (4, 5)
+    same(program, outcome.program, x)
+
+
 def test_a_constant_stays_in_front_of_zero_padding(generator):
     layers = [nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3, padding=1)]
     model = zoo.shake(nn.Sequential(*layers), 1)
@@ -206,6 +229,22 @@ def test_bounds_hold(generator):
         found = program(x).double()
     assert bool(((low <= found) & (found <= high)).all())
     assert bool(low.isfinite().all())
+
+
+def test_a_constant_times_itself_is_one(generator):
+    class Squared(nn.Module):
+        def forward(self, x):
+            return x * x + torch.add(x, x, alpha=0.5)
+
+    first, second = nn.Linear(6, 4), nn.Linear(4, 3)
+    model = zoo.shake(nn.Sequential(first, Squared(), second), 1)
+    with torch.no_grad():
+        first.weight[1] = 0.0
+    x = torch.randn(8, 6, generator=generator)
+    program = capture(model, x[:2])
+    outcome = merge(program)
+    assert outcome.figures["dead"] == {"0.out": 1}
+    same(program, outcome.program, x)
 
 
 # data -----------------------------------------------------------------------------------------

@@ -187,18 +187,18 @@ class _Job:
         self, found: Groups, regions: Mapping[str, Region], plans: Mapping[str, Plan]
     ) -> None:
         """Give biases where constants need them, change the readers, cut."""
-        for name, plan in plans.items():
-            missing = duplicates.missing_biases(regions[name], plan)
-            for program in (self.work, self.dense) if missing else ():
-                duplicates.add_biases(program, missing)
-        if any(duplicates.missing_biases(regions[name], plan) for name, plan in plans.items()):
+        lacking = [w for n, p in plans.items() for w in duplicates.missing_biases(regions[n], p)]
+        given: dict[str, str] = {}
+        if lacking:
+            duplicates.add_biases(self.dense, lacking)
+            given = duplicates.add_biases(self.work, lacking)
             self.work.propagate()
             found = find_groups(self.work)
             finder = Regions(self.work, found)
             fresh = {name: finder.of(found.find(name)) for name in plans}
             regions = {name: r for name, r in fresh.items() if isinstance(r, Region)}
         for name, plan in plans.items():
-            duplicates.move(self.work, regions[name], plan)
+            duplicates.move(self.work, regions[name], plan, given)
             self._count(name, regions[name], plan)
         keep = {name: torch.tensor(plan.keep) for name, plan in plans.items()}
         self.work, changes = surgery.cut(self.work, keep, found)

@@ -14,7 +14,6 @@ from laconic.program.program import Program
 from laconic.solvers.channels.channel_region import Region, columns, passed, rows
 from laconic.solvers.layers import intervals
 from laconic.statistics.collect import Request, collect
-from laconic.statistics.layers import Layer
 from laconic.statistics.min_max import MinMax
 
 _ROUNDING = 16  # a scaled copy of a row is off by that many eps of its norm, at most
@@ -216,20 +215,22 @@ def missing_biases(region: Region, made: Plan) -> list[str]:
     ]
 
 
-def add_biases(program: Program, weights: Sequence[str]) -> None:
-    """Give the layers of these weights a bias of zeros, in place."""
+def add_biases(program: Program, weights: Sequence[str]) -> dict[str, str]:
+    """Give the layers of these weights a bias of zeros, in place: weight → its name."""
     wanted = set(weights)
+    made: dict[str, str] = {}
     for node in list(program.graph.nodes):
         held: Any = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
         name = str(held.target) if isinstance(held, fx.Node) and held.op == "get_attr" else ""
         if name in wanted:
             wanted.discard(name)
-            _give_bias(program, node, name)
+            made[name] = _give_bias(program, node, name)
     program.propagate()
     program.recompile()
+    return made
 
 
-def _give_bias(program: Program, node: fx.Node, weight: str) -> None:
+def _give_bias(program: Program, node: fx.Node, weight: str) -> str:
     held = program.tensor(weight)
     target: Any = node.target
     plain = target in (torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
@@ -243,22 +244,27 @@ def _give_bias(program: Program, node: fx.Node, weight: str) -> None:
                  "dtype": zeros.dtype}  # fmt: skip
     if not plain:
         node.args = (*node.args[:2], bias, *node.args[3:])
-        return
+        return name
     with program.graph.inserting_after(node):
         total = program.graph.call_function(torch.ops.aten.add.Tensor, (node, bias))
     total.meta = dict(node.meta)
     node.replace_all_uses_with(total, lambda user: user is not total)
+    return name
 
 
 @torch.no_grad()
-def move(program: Program, region: Region, made: Plan) -> None:
-    """Let the channels that stay do what those that go did: readers' weights and biases."""
+def move(program: Program, region: Region, made: Plan, given: Mapping[str, str]) -> None:
+    """Let the channels that stay do what those that go did: readers' weights and biases.
+
+    given: weight → the bias that `add_biases` gave it.
+    """
     for place, (layer, member) in enumerate(region.readers):
         where = columns(region.group, member)
         old = program.tensor(layer.weight)
         weight = old.detach().double().movedim(layer.in_dim, 0).contiguous()
         if made.constants is not None and made.dead:
-            _move_constants(program, layer, weight, where[made.dead],
+            bias = layer.bias or given.get(layer.weight)
+            _move_constants(program, bias, weight, where[made.dead],
                             made.constants.values[place][made.dead])  # fmt: skip
         if made.into:
             gone = list(made.into)
@@ -272,13 +278,13 @@ def move(program: Program, region: Region, made: Plan) -> None:
 
 
 def _move_constants(
-    program: Program, layer: Layer, weight: Tensor, where: Tensor, values: Tensor
+    program: Program, bias: str | None, weight: Tensor, where: Tensor, values: Tensor
 ) -> None:
     """Add what the dead columns always gave; `weight` is `[in, out, *kernel]`."""
     if not bool(values.any()):
         return
     taps = weight.reshape(*weight.shape[:2], -1).sum(2)
     given = values.flatten().to(weight.device) @ taps[where.flatten().to(weight.device)]
-    assert layer.bias is not None
-    old = program.tensor(layer.bias)
-    program.set_tensor(layer.bias, (old.detach().double() + given).to(old.dtype))
+    assert bias is not None
+    old = program.tensor(bias)
+    program.set_tensor(bias, (old.detach().double() + given).to(old.dtype))

@@ -160,7 +160,10 @@ class _Work:
 
     def _run(self, node: fx.Node, value: Tensor) -> Tensor:
         target: Any = node.target
-        rest: Any = map_arg(node.args[1:], lambda symbol: symbol.meta["shape"])
+        first = node.args[0]
+        rest: Any = map_arg(
+            node.args[1:], lambda symbol: value if symbol is first else symbol.meta["shape"]
+        )
         return target(value, *rest, **node.kwargs)
 
 
