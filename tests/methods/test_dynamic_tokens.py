@@ -152,31 +152,46 @@ def test_padding_goes_first_and_costs_nothing(written_out):
         torch.testing.assert_close(other, made(x, mask))  # what padding holds does not matter
 
 
+class Shared(Encoder):
+    """One mask `[batch, 1, tokens, tokens]` for all layers, which `made` makes."""
+
+    def __init__(self, made):
+        super().__init__()
+        self.made = made
+
+    def forward(self, x, mask=None):
+        held, y = self.made(x, mask), self.embed(x)
+        for layer in self.layers:
+            heads = layer.attention.qkv(layer.norms[0](y)).reshape(x.shape[0], TOKENS, 3, 2, 8)
+            z = F.scaled_dot_product_attention(*heads.permute(2, 0, 3, 1, 4), attn_mask=held)
+            y = y + layer.attention.out(z.transpose(1, 2).reshape(-1, TOKENS, 16))
+            y = y + layer.down(F.gelu(layer.up(layer.norms[1](y))))
+        return self.head(y[:, 0])
+
+
 def test_a_mask_that_knows_the_batch_of_another_input_is_one_of_padding():
-    # as in transformers' BERT: [batch, 1, tokens, tokens], made with the batch size of the words
-    class Shared(Encoder):
-        def forward(self, x, mask):
-            rows = torch.arange(x.shape[0], device=x.device)
-            held = mask.bool()[rows[:, None, None, None], torch.arange(TOKENS)]
-            held = held.expand(-1, 1, TOKENS, TOKENS)
-            y = self.embed(x)
-            for layer in self.layers:
-                q, k, v = (
-                    layer.attention.qkv(layer.norms[0](y))
-                    .reshape(x.shape[0], TOKENS, 3, 2, 8)
-                    .permute(2, 0, 3, 1, 4)
-                )
-                z = F.scaled_dot_product_attention(q, k, v, attn_mask=held)
-                y = y + layer.attention.out(z.transpose(1, 2).reshape(-1, TOKENS, 16))
-                y = y + layer.down(F.gelu(layer.up(layer.norms[1](y))))
-            return self.head(y[:, 0])
+    def words(x, mask):  # as in transformers' BERT
+        rows = torch.arange(x.shape[0], device=x.device)
+        held = mask.bool()[rows[:, None, None, None], torch.arange(TOKENS)]
+        return held.expand(-1, 1, TOKENS, TOKENS)
 
     x = torch.randn(3, TOKENS, 6, generator=torch.Generator().manual_seed(2))
     mask = (torch.arange(TOKENS) < 6).long().expand(3, -1)
-    held = capture(zoo.shake(Shared(), 3), {"x": x[:2], "mask": mask[:2]})
+    held = capture(zoo.shake(Shared(words), 3), {"x": x[:2], "mask": mask[:2]})
     made = applied(held, by="drop", r=2)
     assert made.figures["tokens"] == [12, 10, 8, 6] and not made.notes
     torch.testing.assert_close(made.program(x, mask), held(x, mask), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_constant_mask_that_hides_nothing_is_in_nobodys_way(first):
+    def idle(x, _):  # as in transformers' ViT
+        seen = (torch.arange(TOKENS)[None, None, :, None] >= first).transpose(2, 3)
+        return seen.expand(x.shape[0], 1, TOKENS, TOKENS)
+
+    held = capture(zoo.shake(Shared(idle), 3), (torch.randn(2, TOKENS, 6),))
+    made = applied(held, r=2)
+    assert made.figures["tokens"] == ([12, 10, 8, 6] if first == 0 else [12, 10])
 
 
 def test_merged_padding_stays_padding_in_every_layer():

@@ -39,6 +39,7 @@ class Following:
 
     def __init__(self, program: Program, names: Sequence[str]) -> None:
         self.program = program
+        token_layers.take_idle_masks(program)
         chosen = [layer for layer in token_layers.layers(program) if layer.name in names]
         self.tokens = chosen[0].tokens if chosen else 0
         self.mask = token_layers.mask_input(program, self.tokens)

@@ -14,6 +14,8 @@ from torch.fx.node import map_arg
 
 from laconic.program.equations import arguments, operator_name
 from laconic.program.program import Program
+from laconic.program.rewrites import set_argument
+from laconic.program.surgery import remove_dead
 from laconic.solvers.layers.residual import Branch, branches
 
 SOFTMAX = ("aten.softmax", "aten._softmax")
@@ -148,6 +150,30 @@ def made_of(program: Program, mask: fx.Node | None) -> set[fx.Node]:
         elif any(source in found for source in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def take_idle_masks(program: Program) -> None:
+    """Take masks that hide nothing from attentions, in place: constants that some models make.
+
+    Only where the batch alone is free: a window may hide nothing at one length and much at another.
+    Shapes have to be propagated.
+    """
+    if any(name != "batch" for dims in program.dynamic.values() for name in dims.values()):
+        return
+    fed, taken = set(program.placeholders), False
+    for node in program.graph.nodes:
+        if operator_name(node) != _SIZE and any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+        mask: Any = arguments(node)["attn_mask"] if operator_name(node) == ATTENTION else None
+        if not isinstance(mask, fx.Node) or mask in fed:
+            continue
+        with torch.no_grad():
+            value = _value(program, mask, {})
+        if bool((value if value.dtype == torch.bool else value == 0).all()):
+            set_argument(node, "attn_mask", None)
+            taken = True
+    if taken:
+        remove_dead(program)
 
 
 def hides_padding_only(program: Program, node: fx.Node, mask: fx.Node) -> bool:
