@@ -152,6 +152,33 @@ def test_constant_data_keep_the_weights(setting):
     assert report.notes or torch.allclose(small.tensor("blocks.0.b.weight"), before, atol=0.5)
 
 
+class Mixer(nn.Module):
+    """[batch, 5, 6] -> [batch, 3]: over tokens, over channels, and over both."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.stem, self.tokens = nn.Linear(6, 10), nn.Linear(10, 8), nn.Linear(5, 5)
+        self.channels, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.stem(F.relu(self.first(x))))
+        x = x + self.tokens(x.transpose(1, 2)).transpose(1, 2)
+        return self.head(F.relu(self.channels(x)).mean(1))
+
+
+def test_a_layer_that_runs_over_what_was_cut_keeps_its_weights(generator):
+    torch.manual_seed(0)
+    dense = capture(Mixer().eval(), torch.randn(2, 5, 6))
+    small, changes = cut(dense, {"first.out": range(1, 9), "stem.out": [0, 2, 3, 5, 6, 7]})
+    x = torch.randn(64, 5, 6, generator=generator)
+    before = (small(x) - dense(x)).square().mean()
+    report = compensate(dense, small, changes, [(x,)])
+    assert "tokens.weight: what it runs over was cut as well, keeps its weights" in report.notes
+    assert torch.equal(small.tensor("tokens.weight"), dense.tensor("tokens.weight"))
+    assert {"channels.weight", "head.weight"} <= set(report.errors)
+    assert (small(x) - dense(x)).square().mean() < 0.5 * before
+
+
 def test_fewer_rows_than_columns_are_noted():
     model = zoo.shake(nn.Sequential(nn.Linear(6, 40), nn.ReLU(), nn.Linear(40, 3)))
     program = capture(model, torch.randn(2, 6))

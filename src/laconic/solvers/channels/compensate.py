@@ -97,14 +97,14 @@ def compensate(
     """
     report, holds = Report(), holds or {}
     drifted = drift(dense, small, changes, holds)
-    places = _places(small, changes, drifted, consumers_only, report, holds) if refit else []
+    twin = dict(zip(small.graph.nodes, dense.graph.nodes, strict=True))
+    places = _places(small, changes, drifted, consumers_only, report, holds, twin) if refit else []
     rewritten = {place.norm.node for place in places if place.norm is not None}
     loose = [
         norm
         for norm in norms(small)
         if recalibrate and norm.source in drifted and norm.node not in rewritten
     ]
-    twin = dict(zip(small.graph.nodes, dense.graph.nodes, strict=True))
     work = _Work(dense, small, changes, batches, seed, report, holds, twin)
     work.run(places, loose, progress)
     return report
@@ -176,9 +176,9 @@ class _Work:
         self.behind.before(norm.node)
         if norm.shared:
             self.report.notes.append(f"{norm.mean}: used by several nodes, not measured anew")
-            return
-        remeasure(self.small, norm, self.behind)
-        self.report.recalibrated.append(norm.mean)
+        else:
+            remeasure(self.small, norm, self.behind)
+            self.report.recalibrated.append(norm.mean)
 
     def refit(self, place: Place, others: Sequence[Place]) -> None:
         layer = place.layer
@@ -258,6 +258,7 @@ def _places(
     consumers_only: bool,
     report: Report,
     moved: Collection[str],
+    twin: Mapping[fx.Node, fx.Node],
 ) -> list[Place]:
     by_source = {norm.node: norm for norm in norms(small)}
     found: list[Place] = []
@@ -265,12 +266,22 @@ def _places(
         lost = layer.in_dim in changes.get(layer.weight, {}) or layer.weight in moved
         if not lost and (consumers_only or layer.source not in drifted):
             continue
-        if layer.groups != 1 or layer.shared:
-            why = "a grouped convolution" if layer.groups != 1 else "used by several nodes"
+        place = _place(layer, by_source)
+        why = "used by several nodes" if layer.shared else ""
+        why = "a grouped convolution" if layer.groups != 1 else why
+        if not why and _rows(layer, place.anchor) != _rows(layer, twin[place.anchor]):
+            why = "what it runs over was cut as well"  # channels, of a layer that mixes tokens
+        if why:
             report.notes.append(f"{layer.weight}: {why}, keeps its weights")
-            continue
-        found.append(_place(layer, by_source))
+        else:
+            found.append(place)
     return found
+
+
+def _rows(layer: Layer, node: fx.Node) -> list[int]:
+    """The sizes of a layer's output that are not its channels."""
+    sizes = node.meta["shape"]
+    return [size for dim, size in enumerate(sizes, 1 + layer.space) if dim != len(sizes)]
 
 
 def _place(layer: Layer, by_source: Mapping[fx.Node, Norm]) -> Place:
@@ -345,15 +356,11 @@ def _write(
     whole = Gram()
     whole.merge(halves[0])
     whole.merge(halves[1])
+    why = "" if torch.isfinite(whole.scatter).all() else "its inputs are too large to be multiplied"
     if float(whole.scatter.diagonal().sum()) <= 0.0:
-        report.notes.append(
-            f"{layer.weight}: calibration data give it a constant input, keeps its weights"
-        )
-        return
-    if not bool(torch.isfinite(whole.scatter).all()):
-        report.notes.append(
-            f"{layer.weight}: its inputs are too large to be multiplied, keeps its weights"
-        )
+        why = "calibration data give it a constant input"
+    if why:
+        report.notes.append(f"{layer.weight}: {why}, keeps its weights")
         return
     bias = layer.bias is not None or norm is not None
     fit = least_squares.refit(halves, prior, bias=bias)
