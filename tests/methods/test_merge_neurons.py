@@ -231,6 +231,20 @@ def test_bounds_hold(generator):
     assert bool(low.isfinite().all())
 
 
+@pytest.mark.parametrize(
+    "activation",
+    [nn.GELU(), nn.GELU(approximate="tanh"), nn.SiLU(), nn.Mish(), nn.Hardswish()],
+    ids=lambda activation: str(activation)[:20],
+)
+def test_no_activation_falls_below_its_bound(activation):
+    x = torch.linspace(-4, 4, 80_001)[:, None]
+    program = capture(nn.Sequential(activation), x[:2])
+    program.propagate()
+    (node,) = program.output_node.all_input_nodes
+    low, high = (end.flatten()[0] for end in intervals.bounds(program, (-4.0, 4.0))[node])
+    assert bool(((low <= activation(x)) & (activation(x) <= high)).all())
+
+
 def test_a_constant_times_itself_is_one(generator):
     class Squared(nn.Module):
         def forward(self, x):

@@ -231,8 +231,10 @@ class _Job:
         if self.method.tolerance or self.method.dead == "data":
             batches = self._data()
         worst = largest = 0.0
+        device = next((t.device for _, t in self.program.tensors()), None)
         with torch.no_grad():
             for batch in batches:
+                batch = [tensor.to(device) for tensor in batch]
                 pairs = zip(self.program.run_flat(*batch), self.work.run_flat(*batch), strict=True)
                 for old, new in pairs:
                     if old.is_floating_point() and old.numel():

@@ -30,7 +30,7 @@ _RISING = {
     "max_pool1d", "max_pool2d", "avg_pool1d", "avg_pool2d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "mean", "amax", "constant_pad_nd", "slice", "select", "softplus", "exp",
 }  # fmt: skip
-_LEAST: dict[str, float] = {"gelu": -0.1700, "silu": -0.2785, "mish": -0.3089, "hardswish": -0.375}
+_LEAST: dict[str, float] = {"gelu": -0.1701, "silu": -0.2785, "mish": -0.3089, "hardswish": -0.375}
 
 
 def bounds(
