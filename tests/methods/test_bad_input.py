@@ -122,6 +122,21 @@ def test_sites_that_match_nothing(program, method, wrong, right):
     assert right in str(caught.value.hint)
 
 
+RESOLVED = [
+    ("prune.obs", {"kept": {"c.wieght": 3}}),
+    ("share.cluster", {"codebooks": {"c.wieght": [[-1.0, 1.0]]}}),
+    ("share.vector", {"dim": 4, "found": {"c.wieght": [[0.0] * 4]}}),
+    ("factorize.svd", {"ranks": {"c.wieght": [2]}}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), RESOLVED)
+def test_what_was_resolved_for_other_weights(program, method, options):
+    with pytest.raises(RecipeError, match="c.wieght") as caught:
+        apply(program, method, options, few(16))
+    assert "c.weight" in str(caught.value.hint)
+
+
 @pytest.mark.parametrize("method", ["prune.channels", "prune.heads", "prune.regularized"])
 @pytest.mark.parametrize(
     ("kept", "message"), [([], "no index is kept"), ([99], "the group has 2"), ([-1], "from -1")]

@@ -32,6 +32,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from laconic.core.errors import RecipeError
+from laconic.core.suggest import nearest
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
@@ -68,18 +70,30 @@ class Obs(Sampled, Method):
         """Zero weights and refit the others. A replay needs the same data.
 
         Raises:
-            RecipeError: sites that match nothing.
+            RecipeError: sites that match nothing; `kept` of another program.
             DataError: calibration data that are missing, do not fit, or are not finite.
         """
         work = Pruning(program, sites, context.device)
         data = self.calibration(context)
         readers = work.layers()
-        counts = self._counts(work, data) if self.kept is None else dict(self.kept)
+        counts = self._counts(work, data) if self.kept is None else self._asked(work.names)
         wanted = {name: Wanted(count=counts[name]) for name in work.names if name in counts}
         wanted = {n: w for n, w in wanted.items() if w.count < work.program.tensor(n).numel()}
         made = Surgeon(work, data, readers, self.solver).prune(wanted)
         resolved = {**self.model_dump(mode="json", exclude_defaults=True), "kept": counts}
         return Outcome(program=made, resolved=resolved, notes=work.notes, figures=work.figures)
+
+    def _asked(self, names: list[str]) -> dict[str, int]:
+        """What `kept` says."""
+        kept = dict(self.kept or {})
+        for name, count in kept.items():
+            if name not in names or count < 0:
+                raise RecipeError(
+                    "no weight of this name can be pruned" if count >= 0 else f"{count} stay",
+                    where=f"prune.obs kept {name}",
+                    hint=nearest(name, names),
+                )
+        return kept
 
     def _counts(self, work: Pruning, data: Calibration) -> dict[str, int]:
         """How many weights of each tensor stay."""

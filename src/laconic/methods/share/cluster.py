@@ -31,6 +31,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from laconic.core.errors import DataError, RecipeError
+from laconic.core.suggest import nearest
 from laconic.forms import codebook
 from laconic.forms.codebook import Codebook
 from laconic.methods.base import Context, Method, Outcome
@@ -97,6 +98,13 @@ class Cluster(Weighted, Method):
             work.notes.append("nothing to cluster: no float weight of a known operator is left")
         if self.codebooks is None:
             self._weigh(work, list(counts), context)
+        for name in self.codebooks or {}:
+            if name not in counts:
+                raise RecipeError(
+                    "no weight of this name can be clustered",
+                    where=f"share.cluster codebooks {name}",
+                    hint=nearest(name, counts),
+                )
         for site in every:
             if site.name in counts:
                 self._replace(work, site, counts[site.name], context)

@@ -29,6 +29,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from laconic.core.errors import DataError, RecipeError
+from laconic.core.suggest import nearest
 from laconic.forms import vectors
 from laconic.forms.vectors import Vectors
 from laconic.methods.base import Context, Method, Outcome
@@ -126,6 +127,13 @@ class Vector(Weighted, Method):
         """Weights with one list of vectors, in the order of the graph."""
         names = [name for name in every if name in lengths]
         if self.found is not None:
+            for name in self.found:
+                if name not in lengths:
+                    raise RecipeError(
+                        "no weight of this name can be stored as vectors",
+                        where=f"share.vector found {name}",
+                        hint=nearest(name, names),
+                    )
             heads = [name for name in names if isinstance(self.found.get(name), list)]
             return [[h, *(n for n in names if self.found.get(n) == h)] for h in heads]
         if self.per == "tensor":
