@@ -43,11 +43,11 @@ def test_losses_are_not_rounded_by_autocast():
 
 def test_single_numbers_have_no_distribution():
     task, one = classification(), net(outputs=1)
-    assert kind_of("auto", one, task, 1.0) == "mse"
-    assert kind_of("auto", net(), task, 1.0) == "kl"
-    assert kind_of("auto", one, embedding(), 1.0) == "cosine"
+    assert kind_of("auto", one, task, 1.0, CPU) == "mse"
+    assert kind_of("auto", net(), task, 1.0, CPU) == "kl"
+    assert kind_of("auto", one, embedding(), 1.0, CPU) == "cosine"
     assert kind_for(task, torch.zeros(5)) == "mse"
-    assert kind_of("kl", one, task, 0.0) == "kl"  # outputs are not compared
+    assert kind_of("kl", one, task, 0.0, CPU) == "kl"  # outputs are not compared
     for wish in ("kl", "dkd"):
         with pytest.raises(RecipeError, match=r"\[2, 1\] are one number a sample"):
-            kind_of(wish, one, task, 0.5)
+            kind_of(wish, one, task, 0.5, CPU)

@@ -216,13 +216,15 @@ def kind_for(task: Task, logits: Tensor | None = None) -> Kind:
     return "mse" if kind == "kl" and logits is not None and _single(logits) else kind
 
 
-def kind_of(wish: Kind | Literal["auto"], program: Program, task: Task, alpha: float) -> Kind:
+def kind_of(
+    wish: Kind | Literal["auto"], program: Program, task: Task, alpha: float, device: torch.device
+) -> Kind:
     """The loss that is wished for between a program's outputs; `alpha`: its weight.
 
     Raises:
         RecipeError: a divergence of distributions between single numbers.
     """
-    logits = _on_example(program, task)
+    logits = _on_example(program, task, device)
     if wish == "auto":
         return kind_for(task, logits)
     if wish in ("kl", "dkd") and alpha > 0 and _single(logits):
@@ -240,12 +242,13 @@ def _single(logits: Tensor) -> bool:
     return logits.ndim < 2 or logits.shape[-1] == 1
 
 
-def _on_example(program: Program, task: Task) -> Tensor:
+def _on_example(program: Program, task: Task, device: torch.device) -> Tensor:
     """Zeros in the shape of what is compared on the example; they take no memory."""
     flat: Any = program.output_node.args[0]
     if any("shape" not in node.meta for node in flat):
         program = program.clone()
         program.propagate()
         flat = program.output_node.args[0]
-    zeros = [torch.zeros((), dtype=n.meta["dtype"]).expand(n.meta["shape"]) for n in flat]
+    shapes = [(node.meta["shape"], node.meta["dtype"]) for node in flat]
+    zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype in shapes]
     return task.logits(program.signature.arrange(zeros))

@@ -278,7 +278,7 @@ class Learning(Plan):
             validation=course.task.validation,
         )
         taught, runs_in, notes = teachers.make(stack, self.teacher, lesson)
-        kind = kind_of(self.loss, student, course.task, self.alpha)
+        kind = kind_of(self.loss, student, course.task, self.alpha, course.device)
         objective = Distillation(
             task=course.task,
             student=student,
