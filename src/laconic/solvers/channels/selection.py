@@ -135,7 +135,9 @@ def select(
     for number in range(1, rounds + 1):
         for wish in wishes:
             part = (1 - wish.ratio) ** (number / rounds)
-            keep |= _Round(scene, found, wish, sizes, part, full[wish.names], latency).keep(keep)
+            last = number == rounds
+            step = _Round(scene, found, wish, sizes, part, full[wish.names], latency, last)
+            keep |= step.reached(keep)
         if number < rounds:
             program, found = shrink(keep)
             scene = replace(scene, program=program)
@@ -158,6 +160,8 @@ class _Round:
         part: of the original cost that may stay.
         full: the original costs, None for latency.
         latency: what measures it.
+        last: whether it is the last round. Before it no group falls to a single index, which would
+            be the end of it: a convolution of one group has no groups.
     """
 
     scene: Scene
@@ -167,6 +171,16 @@ class _Round:
     part: float
     full: Costs | None
     latency: Goal | None
+    last: bool
+
+    def reached(self, before: Mapping[str, Tensor]) -> Keep:
+        """The same as `keep`; what cannot be met half-way is left to the last round."""
+        try:
+            return self.keep(before)
+        except BudgetError:
+            if self.last:
+                raise
+            return {}
 
     def keep(self, before: Mapping[str, Tensor]) -> Keep:
         """Indices of the original program that are kept when this wish's cost is met."""
@@ -189,7 +203,7 @@ class _Round:
 
     def _choice(self, group: Group, removal: Removal | None) -> Choice:
         size = self.sizes[group.name]
-        floor = max(ceil(size * (1 - self.wish.limit) - 1e-9), 1)
+        floor = max(ceil(size * (1 - self.wish.limit) - 1e-9), 1 if self.last else 2)
         return choice(group, removal, block=_block(size, self.wish), floor=floor)
 
     def _kept(self, removals: Mapping[str, Removal], counts: Mapping[str, int]) -> Keep:
