@@ -5,10 +5,13 @@ from math import log
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from laconic.core.errors import BudgetError, DataError, RecipeError
+from laconic.core.task import classification
 from laconic.program.capture import capture
 from laconic.solvers.search import member_search, proxies
+from laconic.solvers.search.member_scores import some_of
 from laconic.solvers.search.member_search import Trial
 from laconic.solvers.search.score_model import ScoreModel
 from laconic.solvers.search.search_space import Knob, Space
@@ -148,3 +151,24 @@ def test_a_score_that_is_no_number_is_the_least():
         ("score", "macs"),
     )  # fmt: skip
     assert told == [[member_search.worth(trials[0]), -0.5]] * 2
+
+
+def test_scored_samples_spread_over_data_that_stand_class_by_class():
+    labels = torch.arange(4).repeat_interleave(8)
+    rows = torch.randn(32, 3)
+    batches = list(zip(rows.split(4), labels.split(4), strict=True))
+    loader = DataLoader(TensorDataset(rows, labels), batch_size=4)
+
+    class Stream:
+        def __iter__(self):
+            return iter(batches)
+
+    def seen(validation, samples):
+        task = classification(validation=validation)
+        return torch.cat([y for _, y in some_of(task, samples)]).tolist()
+
+    assert seen(batches, 16) == [c for c in range(4) for _ in range(4)]
+    assert seen(loader, 8) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert seen(Stream(), 6) == [0] * 8  # all that can be had without going through it
+    for validation in (batches, loader, Stream()):
+        assert seen(validation, 1000) == labels.tolist()

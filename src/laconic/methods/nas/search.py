@@ -76,7 +76,8 @@ class Search(Method):
         objectives: of nsga2: the score and the costs that are traded against it.
         rungs: of successive halving; each has 4 times the validation samples of the one before.
         samples: calibration samples that batch norms are measured on.
-        validation: validation samples of the last rung.
+        validation: validation samples of the last rung, evenly spread over a list of batches or
+            the data set of a `DataLoader`.
         importance: what tells the good channels: a score of `prune.channels`, or "leading" where
             `nas.supernet` has sorted them.
         order: knob → its indices, best first, in place of scoring (a replay has it).

@@ -7,11 +7,13 @@ space, or the same one taken up again, pays for none of them twice.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Sized
+from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.utils.data import DataLoader, Subset
 
 from laconic.core.task import Loader, Task
 from laconic.program.program import Program
@@ -125,7 +127,7 @@ class Judge:
         if not self.labelled:
             loss = TaskLoss(self._task, self._original, samples, self._device)
             return -loss(program)
-        held = _first(self._task, samples)
+        held = some_of(self._task, samples)
         mean = mean_score(
             program, self._task, held, self._device, self._precision, Processes.current()
         )
@@ -157,17 +159,40 @@ def _move(program: Program, device: torch.device) -> torch.device:
     return home
 
 
-def _first(task: Task, samples: int) -> Loader:
-    """Leading validation batches with at least so many samples, if there are."""
+def some_of(task: Task, samples: int) -> Loader:
+    """Validation batches with about so many samples.
+
+    They are spread evenly over a list or a `DataLoader`'s data set, for data that were not shuffled
+    often stand class by class. Of other iterables they are the leading ones.
+    """
+    loader = task.validation
+    assert loader is not None
+    if isinstance(loader, (list, tuple)):
+        held = cast("Sequence[Any]", loader)
+        each = _length(task.split(held[0])[0]) if held else 1
+        return [held[place] for place in _places(len(held), ceil(samples / max(each, 1)))]
+    if isinstance(loader, DataLoader):
+        whole = cast("DataLoader[Any]", loader)
+        if isinstance(whole.dataset, Sized) and whole.batch_size is not None:
+            part = Subset(whole.dataset, _places(len(whole.dataset), samples))
+            return DataLoader(
+                part, whole.batch_size, collate_fn=whole.collate_fn, num_workers=whole.num_workers
+            )
     found: list[Any] = []
     seen = 0
-    assert task.validation is not None
-    for batch in task.validation:
+    for batch in loader:
         if seen >= samples:
             break
         found.append(batch)
         seen += _length(task.split(batch)[0])
     return found
+
+
+def _places(count: int, wanted: int) -> list[int]:
+    """`wanted` of so many places, evenly spread; all where they are no more."""
+    return (
+        [place * count // wanted for place in range(wanted)] if wanted < count else [*range(count)]
+    )
 
 
 def _length(inputs: Any) -> int:
