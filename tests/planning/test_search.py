@@ -1,6 +1,8 @@
 """The budget loop on a model whose recipes' effects are known beforehand."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from laconic.core.recipe import Recipe
 from laconic.engine import deploy
 from laconic.engine.store import fingerprint
 from laconic.measuring import latency
+from laconic.methods.base import Outcome
+from laconic.methods.prune.channels import PruneChannels
 from laconic.planning import compress as compress_module
 from laconic.planning.candidates import Chain, basics, finer, paying, pruned, recovery
 from laconic.planning.search import Search
@@ -111,8 +115,6 @@ def test_the_test_split_plays_no_part_in_the_choice(model, task, monkeypatch):
             looked.append(1)
             return super().__iter__()
 
-    from dataclasses import replace
-
     watched = replace(task, test=Test(task.test))
     with pytest.raises(BudgetError, match=r"closest was 'keep 2': beyond the budget of 0.5"):
         laconic.compress(program, watched, budget=laconic.Budget(minimize="macs", threads=1))
@@ -133,6 +135,24 @@ def test_a_resumed_search_does_not_repeat_what_was_done(model, task, monkeypatch
     again = laconic.compress(program, task, budget=budget, workdir=tmp_path)
     assert fingerprint(again.program) == fingerprint(first.program)
     assert [c.name for c in again.candidates] == [c.name for c in first.candidates]
+
+
+def test_what_was_done_with_other_data_is_not_taken_up(model, task, monkeypatch, tmp_path: Path):
+    program = capture(model, torch.randn(2, 8))
+    name = groups(program)[0].name
+    try_only(monkeypatch, cut(name, list(range(9))))
+    done: list[int] = []
+    apply = PruneChannels.apply
+
+    def counted(*args: Any) -> Outcome:
+        done.append(1)
+        return apply(*args)
+
+    monkeypatch.setattr(PruneChannels, "apply", counted)
+    budget = laconic.Budget(minimize="macs", threads=1)
+    for held, times in ((task, 1), (task, 1), (replace(task, validation=batches(10, seed=7)), 2)):
+        laconic.compress(program, held, budget=budget, workdir=tmp_path)
+        assert len(done) == times
 
 
 def test_candidates_go_from_mild_to_strong(model, task):

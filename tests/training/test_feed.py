@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from laconic.core.errors import DataError
-from laconic.training.feed import Feed, forked
+from laconic.training.feed import Feed, beginnings, forked
 
 DATA = TensorDataset(torch.arange(20))
 
@@ -129,6 +129,22 @@ def test_the_first_batch_is_told_from_others_whatever_it_holds():
         again = [Feed([batch], 0).beginning() for batch in batches]
     assert len(set(told)) == len(batches)
     assert told == again
+
+
+def test_data_are_told_by_how_they_begin_where_they_begin_alike():
+    class Anew(Told):
+        def __iter__(self):
+            return iter([np.random.default_rng().random()])
+
+    shuffled = DataLoader(DATA, batch_size=5, shuffle=True)
+    other = DataLoader(TensorDataset(torch.arange(1, 21)), batch_size=5, shuffle=True)
+    state = torch.get_rng_state()
+    first = beginnings([shuffled, [1, 2], other, None, Anew(), iter([1])])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first == beginnings([shuffled, [1, 2], other, None, Anew(), iter([1])])
+    assert len(set(first[:3])) == 3
+    assert all(first[:3])
+    assert first[3:] == [""] * 3
 
 
 def test_loaders_that_come_again_say_so():

@@ -54,18 +54,23 @@ def fingerprint(program: Program) -> str:
 class Store:
     """Programs and plain data by key: in a folder, or in memory when there is none."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, about: str = "") -> None:
+        """`about`: of what all pieces depend on; those of another are not found."""
+        self.folder, self._about = folder, about
         self._held: dict[str, Any] = {}
         if folder is not None:
             _make(folder)
+
+    def _path(self, key: str, ending: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key_of(self._about, key) if self._about else key}.{ending}"
 
     def get(self, key: str) -> dict[str, Any] | None:
         """Plain data kept under `key`; None where there is none or the file was cut short."""
         if self.folder is None:
             return self._held.get(key)
         try:
-            return json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
+            return json.loads(self._path(key, "json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
@@ -78,13 +83,13 @@ class Store:
         if self.folder is None:
             self._held[key] = dict(data)
         else:
-            write_text(self.folder / f"{key}.json", json.dumps(data))
+            write_text(self._path(key, "json"), json.dumps(data))
 
     def program(self, key: str, like: Program) -> Program | None:
         """The program kept under `key`; example inputs and record classes are those of `like`."""
         if self.folder is None:
             return self._held.get(f"{key}.program")
-        path = self.folder / f"{key}.laconic"
+        path = self._path(key, "laconic")
         if not path.exists():
             return None
         try:
@@ -105,13 +110,13 @@ class Store:
         if self.folder is None:
             self._held[f"{key}.program"] = program
         else:
-            storage.save(program, self.folder / f"{key}.laconic")
+            storage.save(program, self._path(key, "laconic"))
 
     def workdir(self, key: str) -> Path | None:
         """A folder for the state of the step `key`; None in memory."""
         if self.folder is None:
             return None
-        path = self.folder / f"{key}.state"
+        path = self._path(key, "state")
         _make(path)
         return path
 

@@ -33,8 +33,11 @@ from laconic.planning.search import Search
 from laconic.planning.verdict import verdict
 from laconic.program.capture import Dynamic
 from laconic.program.program import Program
+from laconic.training.feed import beginnings
 
 Steps = Recipe | Sequence[Step | Mapping[str, Any]]
+
+_SPLITS = ("train", "calibration", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +127,8 @@ def _prepare(
     folder = settings.workdir
     if folder is None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="laconic-")))
-    store = Store(settings.workdir)
+    seen = [] if settings.workdir is None else beginnings(getattr(task, s) for s in _SPLITS)
+    store = Store(settings.workdir, key_of(seen) if any(seen) else "")
     yard = Yard(
         folder / "files", store, threads=budget.threads, device=device, progress=progress, task=task
     )

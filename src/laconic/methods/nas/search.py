@@ -34,7 +34,6 @@ import torch
 from pydantic import Field, model_validator
 
 from laconic.core.errors import BudgetError, DataError
-from laconic.core.task import Task
 from laconic.methods.base import Changes, Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen
 from laconic.program.program import Program
@@ -54,7 +53,7 @@ from laconic.solvers.search.strategies import Evolution, Random, Strategy, Withi
 from laconic.statistics.batches import Batches
 from laconic.statistics.gradients import sampled_loss
 from laconic.training.checkpoint import identity_of
-from laconic.training.feed import Feed, forked
+from laconic.training.feed import beginnings
 
 By = Literal["inherited", "predictor", "synflow", "jacobian", "zico"]
 _MODEL_TRIALS = 10  # proposals that the predictor judges, for each trial that is run
@@ -139,7 +138,9 @@ class Search(Method):
                 order = ranking.rank(elastic, space, self.importance, self.samples, context, notes)
         identity = ""
         if context.workdir is not None:
-            told = [space.plain(), order, self.samples, context.seed, *_data(context.task)]
+            task = context.task
+            seen = beginnings([task.validation, task.calibration or task.train])
+            told = [space.plain(), order, self.samples, context.seed, *seen]
             identity = identity_of(told, [program, context.original])
         kept = Kept(context.workdir, identity)
         judge = Judge(
@@ -376,13 +377,6 @@ class _Hunt:
         if self.method.by in PROXIES:
             return self._proxy(self.method.by)(member, 1.0)
         return self.judge(member)
-
-
-def _data(task: Task) -> list[str]:
-    """What tells data from others: how each split that scores are taken on begins."""
-    splits = (task.validation, task.calibration or task.train)
-    with forked():
-        return [Feed(split, 0, "data").beginning() for split in splits if split is not None]
 
 
 def _changes(program: Program, cut: Cut) -> Changes:
