@@ -272,3 +272,24 @@ def test_round_learns_the_grids_of_activations_towards_the_float_network(setting
     assert drift(setting, fixed.program) < 0.8 * drift(setting, nearest.program)
     form = form_of(made.program, "one.weight")
     assert form.qmax == 3 and torch.equal(form.decode(), made.program.tensor("one.weight"))
+
+
+def test_round_takes_masks_that_are_made_behind_the_first_layer():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x, mask):
+            hidden = self.one(x)
+            return self.two(torch.relu(hidden * (1 - mask)[:, None]))
+
+    torch.manual_seed(0)
+    program = capture(Masked().eval(), (torch.randn(16, 6), torch.zeros(16).bernoulli(0.5)))
+    held = (program, Context(task=own_outputs(program), original=program))
+    made = apply("quantize.round", held, bits=3, first_last=None, samples=16, steps=20).program
+    nearest = apply("quantize.hqq", held, bits=3, first_last=None, rounds=0).program
+    with torch.no_grad():
+        off = [float((one(*program.example) - program(*program.example)).square().mean())
+               for one in (made, nearest)]  # fmt: skip
+    assert off[0] < off[1]

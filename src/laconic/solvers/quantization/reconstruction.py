@@ -29,7 +29,7 @@ from laconic.solvers.setting import Setting
 from laconic.statistics.batches import Batches, told_nothing
 from laconic.statistics.convoy import Convoy, affordable
 from laconic.statistics.layers import Layer, layers
-from laconic.statistics.walk import Order
+from laconic.statistics.walk import Order, Walk
 from laconic.training.plan import Precision, computes_bf16
 from laconic.training.precision import autocast
 
@@ -308,13 +308,25 @@ def _examples(
     entry = next(node for node in region.nodes if region.source in node.all_input_nodes)
     behind.before(entry)
     ahead.before(twin[entry])
-    needed = (region.source, *region.sides)
-    inputs = [{node: walk.values[node] for node in needed} for walk in behind]
+    inputs = [
+        {region.source: walk.values[region.source], **_sides(region, walk)} for walk in behind
+    ]
     plain = [walk.values[twin[region.source]] for walk in ahead]
     ahead.past(twin[region.target])
     targets = [walk.values[twin[region.target]].float() for walk in ahead]
     ahead.forget(twin[region.target])
     return [Example(*parts) for parts in zip(inputs, plain, targets, strict=True)]
+
+
+def _sides(region: Region, walk: Walk) -> dict[fx.Node, Any]:
+    """What a region reads besides; what stands behind its first node is computed on the side."""
+    late = [node for node in region.sides if walk.order.place[node] >= walk.next]
+    found = walk
+    if late:
+        found = walk.fork()
+        with torch.no_grad():
+            found.run(walk.order.place[late[-1]] + 1, hold=region.sides)
+    return {node: found.values[node] for node in region.sides}
 
 
 def _float_activations(program: Program) -> Program:
