@@ -8,6 +8,8 @@ fit, no passes, ranges of the extremes);
 `hqq_published` (half-quadratic with real zero points, one scale for 64 weights, which costs half a
 bit each). All see the same calibration images, 2,048 at most; the first and the last layer have 8
 bits everywhere. Choices are made on validation; `resnet20_test` looks at the test rows once.
+`nearest_mean` and `nearest_spread`, on validation alone: rounded to nearest, then the mean of each
+channel's outputs brought back, or mean and spread (`bias_correction`, 1,024 images).
 
     python -m benchmarks.weight_bits [--depth 20] [--only resnet20_w2] [--quick]
 """
@@ -42,6 +44,12 @@ WAYS: dict[str, dict[str, Any]] = {
     "gptq_published": {**GPTQ, "refit": False, "passes": 0, "weight_range": "minmax"},
     "hqq_published": {},
 }
+CORRECTED: dict[str, dict[str, Any]] = {
+    "nearest_mean": {"method": "quantize.weights", "bias_correction": "empirical", "samples": 1024},
+    "nearest_spread": {
+        "method": "quantize.weights", "bias_correction": "batch_norm", "samples": 1024,
+    },
+}  # fmt: skip
 HQQ_GROUP = 64
 
 
@@ -59,9 +67,9 @@ class Job:
 
     def step(self, bits: int, way: str) -> dict[str, Any]:
         """The step of a recipe that a row stands for."""
-        step = WAYS[way] | {"bits": bits}
+        step = (WAYS | CORRECTED)[way] | {"bits": bits}
         if "samples" in step:
-            step["samples"] = self.net.samples
+            step["samples"] = min(step["samples"], self.net.samples)
         if step.get("method") == "quantize.round":
             step["steps"] = 4 if self.net.quick else STEPS[self.depth]
         return step
@@ -161,6 +169,9 @@ def main(argv: list[str] | None = None) -> Row:
         bench.row(f"resnet{depth}_base", lambda j=job: base(j))
         bits = (2,) if args.quick else BITS
         held = {job.name(b, way): job.row(b, way) for b in bits for way in WAYS}
+        for way in CORRECTED:
+            for b in bits:
+                job.row(b, way)
         of = {name: row["val"] for name, row in held.items() if "val" in row}
         tested = bench.row(f"resnet{depth}_test", lambda j=job, of=of: test_row(j, of), of=of)
         summary |= {name: tested.get(f"{name}_all") for name in held}

@@ -148,9 +148,9 @@ def correct_empirically(
 
 
 def _widening(wanted: Tensor, seen: Tensor) -> Tensor:
-    """What brings deviations to the wanted ones, from a half to two; 1 where more were needed.
+    """What brings deviations to the wanted ones: at least a half, and 1 where it would be two.
 
-    A channel that hardly varies any more, or is no longer itself, says nothing.
+    A channel that hardly varies any more, or never did, says nothing.
     """
     factor = (wanted / seen.clamp(min=torch.finfo(torch.float64).tiny)).sqrt()
     return torch.where((factor - 1).abs() < 1, factor.clamp(min=0.5), torch.ones_like(factor))
