@@ -30,7 +30,7 @@ from laconic.storage import load
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 LARGE = 32
-SHORT = {"steps": 3000}  # of the dense network's training, where it has to be trained here
+SHORT = 3_000  # steps of the dense network's training, where it has to be trained here
 SOME = ["layers.0", "layers.2", "layers.4"]
 WAYS: dict[str, dict[str, Any]] = {
     "merge": {"method": "dynamic.tokens", "sites": SOME, "ratio": 0.3},
@@ -48,10 +48,9 @@ class Images(vit.Cifar):
     """The small transformer and its data; the dense network from the cache, or trained shorter."""
 
     def __init__(self, bench: Bench, stages: Stages) -> None:
-        super().__init__(bench, stages)
+        super().__init__(bench, stages, SHORT)
         self.held = cache_folder() / "transformer_pruning" / "vit_dense.laconic"
         self.cached = self.held.exists() and not self.quick
-        self.train = self.train if self.quick else self.train | SHORT
 
     @property
     def program(self) -> Program:  # type: ignore[override]

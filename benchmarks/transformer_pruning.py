@@ -317,9 +317,11 @@ def main(argv: list[str] | None = None) -> Row:
     bench = Bench("transformer_pruning", __doc__ or "")
     bench.parser.add_argument("--seed", type=int, default=0)
     bench.parser.add_argument("--threads", type=int, default=1, help="of the runtime")
+    steps = vit.TRAIN["steps"]
+    bench.parser.add_argument("--steps", type=int, default=steps, help="of the dense ViT")
     bench.parse(argv)
     stages = Stages(bench, "transformer_pruning")
-    images, job = vit.Cifar(bench, stages), Minilm(bench, stages)
+    images, job = vit.Cifar(bench, stages, bench.args.steps), Minilm(bench, stages)
     rows = vit_rows(images) | minilm_rows(job)
     common = {"seed": int(bench.args.seed), "threads": images.threads}
     rows["test"] = bench.row("test", lambda: test_row(images, job), **common)

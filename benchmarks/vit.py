@@ -104,12 +104,12 @@ def untrained(seed: int, **sizes: int) -> VisionTransformer:
 class Cifar:
     """The transformer, its data and its task; with `--quick` smaller, and every split a slice."""
 
-    def __init__(self, bench: Bench, stages: Stages) -> None:
+    def __init__(self, bench: Bench, stages: Stages, steps: int = TRAIN["steps"]) -> None:
         self.bench, self.stages = bench, stages
         self.quick, self.seed = bool(bench.args.quick), int(bench.args.seed)
         self.threads = int(bench.args.threads)
         self.sizes = {"width": 32, "depth": 3, "heads": 4, "hidden": 64} if self.quick else {}
-        self.train = TRAIN | ({"steps": 8, "evaluations": 1} if self.quick else {})
+        self.train = TRAIN | ({"steps": 8, "evaluations": 1} if self.quick else {"steps": steps})
 
     def trained(self) -> Outcome:
         """The dense network, from fresh weights."""

@@ -234,6 +234,29 @@ def test_each_model_learns_from_its_own_data(tmp_path):
     assert trained.figures["training"]["steps"] == 40
 
 
+def test_training_wakes_no_difference_that_was_zero(tmp_path):
+    _, programs, files, context, x = setting(tmp_path)
+    train = {"steps": 30, "lr": 20.0, "optimizer": "sgd", "weight_decay": 0.0, "ema": 0.9}
+    before, after = (
+        Models(others=files, error=0.1, precision="fp32", **more)
+        .apply(programs["first"], Sites(), context).program
+        for more in ({}, train)
+    )  # fmt: skip
+    moved = False
+    for name in ("conv.weight", "mix.weight"):
+        zero, held = (codes_of(made, name) == 0 for made in (before, after))
+        assert zero.any() and not zero.all(), name
+        assert bool(held[zero].all()), name
+        moved = moved or not torch.equal(codes_of(before, name), codes_of(after, name))
+    assert moved, "training changed no code at all: the check above says nothing"
+
+
+def codes_of(program, name):
+    """The codes of a weight's differences, all models below each other."""
+    assert f"{name}_shared" in dict(program.tensors())
+    return (program.tensor(name).detach() / program.tensor(f"{name}_scale")).round()
+
+
 def test_training_is_without_dropout_unless_it_is_wanted(tmp_path):
     def trained(dropout, share, **options):
         torch.manual_seed(0)

@@ -7,7 +7,8 @@ wherever it lies: it stands where the differences get cheap. Biases, norms and h
 other widths stay each model's own, rows below each other. One graph computes one model at a time;
 which one is an argument in the graph: `laconic.members(program)` gives every model back, by name,
 as a Program of its own. With a length of training (`steps`, `epochs` or `minutes`) the shared space
-and the differences are trained end to end, each model towards its own separate self.
+and the differences are trained end to end, each model towards its own separate self; where a model
+has no difference it gets none, so that the file stays about as large as it was.
 
 Papers: coded differences of fine-tunes as in BitDelta (Liu et al. 2024, arXiv 2402.10193) and Delta
 Zip (Yao & Klimovic 2023, arXiv 2312.05215); quantised training with straight-through gradients,
@@ -43,6 +44,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.solvers.sharing import together
+from laconic.solvers.sharing.resting import Resting
 from laconic.solvers.sharing.together import Together
 from laconic.solvers.weights.curvature import Weighted
 from laconic.training.checkpoint import identity_of
@@ -55,7 +57,7 @@ from laconic.training.teacher import Original
 
 _ROUNDS = 8
 _FINEST, _COARSEST = 1e-3, 2.0
-_GROWTH = 0.02  # what training adds to a file, in parts of it: some zeros become differences
+_GROWTH = 0.02  # what training may add to a file, in parts of it: differences that are there move
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 _LENGTHS = ("steps", "epochs", "minutes")
 
@@ -236,6 +238,7 @@ class Models(Weighted, Plan, Method):
                 progress=context.progress,
                 folder=context.workdir,
                 identity=identity_of(told, models.values()),
+                attendant=Resting(work.made.steps),
             )
         )
         work.resolved |= trained.plan.model_dump(mode="json", exclude={"save_every"})

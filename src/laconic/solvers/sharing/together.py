@@ -35,11 +35,13 @@ class Together:
         program: the joint Program; it computes the first model.
         errors: weight → relative error of each model's, by model.
         notes: what was stored model by model although it was to be shared.
+        steps: weight → step of its differences, where models differ.
     """
 
     program: Program
     errors: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
     notes: list[str] = field(default_factory=list[str])
+    steps: dict[str, float] = field(default_factory=dict[str, float])
 
 
 def check_alike(models: Mapping[str, Program]) -> None:
@@ -141,6 +143,8 @@ def join(
         elif alike and name not in program.sparse:
             price = common_part.prices(counts[name]) if counts and name in counts else None
             made.errors[name] = _shared(program, sites[name], held, bits, (step[name], price))
+            if f"{name}_shared" in dict(program.tensors()):
+                made.steps[name] = step[name]
         else:
             why = "its zeros would be lost" if alike else "the models' differ in shape"
             made.notes.append(f"{name}: stored model by model, {why}")
