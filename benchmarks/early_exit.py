@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "trained": EXITS | {"backbone": "trained"},
     "early": EARLY | {"backbone": "trained", "size": 0.12},
     "wide": EARLY | {"backbone": "frozen", "size": 0.15},
+    "tail": {"method": "dynamic.early_exit", "at": ["layer1.2"], "head": "tail", "size": 0.21},
     "cascade": {"method": "dynamic.cascade"},
 }
 QUICK = ("frozen", "early")

@@ -137,7 +137,8 @@ class Cascade(Method):
         base, other = (small, large) if self.small is None else (large, small)
         made = base.clone()
         prefix = "large." if self.small is None else "small."
-        (answer,) = graft(made, other, made.placeholders, prefix)
+        same = dict(zip(other.placeholders, made.placeholders, strict=True))
+        (answer,) = graft(made, other, same, prefix)
         first = answer.name
         if self.small is None:
             first = _output(made)

@@ -11,7 +11,7 @@ from torch import nn
 from laconic.core.errors import DataError
 from laconic.core.task import Task, to_device
 from laconic.program.program import Program
-from laconic.solvers.dynamic.exits import Place, sources
+from laconic.solvers.dynamic.exits import Heads
 from laconic.solvers.teaching.learning import Course
 from laconic.statistics.batches import check_inputs, count, flat_inputs
 from laconic.training import losses
@@ -80,21 +80,19 @@ class Lessons:
 def train_heads(
     plan: Plan,
     program: Program,
-    heads: Program,
-    found: Sequence[Place],
+    heads: Heads,
     course: Course,
     temperature: float,
     alpha: float,
 ) -> Trained:
     """Train heads in place; the network in front of them stays as it is and only runs forward."""
-    names = sources(found)
-    plan = _settled(plan, heads, course, fresh=True)
-    teacher = Original(program, names, course.device, plan.precision)
+    plan = _settled(plan, heads.program, course, fresh=True)
+    teacher = Original(program, heads.sources, course.device, plan.precision)
     lessons = Lessons(
         task=course.task, program=program, teacher=teacher, device=course.device, inside=True,
         temperature=temperature, alpha=alpha,
     )  # fmt: skip
-    return _train(plan, heads, lessons, course, [program, heads])
+    return _train(plan, heads.program, lessons, course, [program, heads.program])
 
 
 def train_along(

@@ -19,7 +19,7 @@ from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.solvers.dynamic.token_layers import mask_input
-from laconic.solvers.layers.grafting import graft
+from laconic.solvers.layers.grafting import between, graft
 
 _FIRST = {"conv1d", "conv_transpose1d", "batch_norm", "max_pool1d", "avg_pool1d"}
 _LAST = {"linear", "layer_norm", "embedding", "matmul", "bmm", "scaled_dot_product_attention"}
@@ -52,7 +52,7 @@ def places(program: Program) -> list[Place]:
 
     Of several with nothing to multiply between them the last one counts.
     """
-    work = _Work(program)
+    work = Work(program)
     found: dict[int, fx.Node] = {}
     for node in _narrow(program, work):
         if not obstacle(program, node) and 0.05 <= work.until(node) / max(work.total, 1) <= 0.95:
@@ -70,7 +70,7 @@ def named(program: Program, names: Sequence[str]) -> list[Place]:
     Raises:
         RecipeError: there is none of a name, or its value cannot be pooled.
     """
-    work = _Work(program)
+    work = Work(program)
     values = [node for node in program.graph.nodes if node in work.values]
     found: list[Place] = []
     for name in names:
@@ -116,13 +116,13 @@ def obstacle(program: Program, node: fx.Node) -> str | None:
     return None
 
 
-class _Work:
-    """Multiply-adds up to any node."""
+class Work:
+    """Multiply-adds up to any node, and of any."""
 
     def __init__(self, program: Program) -> None:
         rows = cost(program)
         self.total = rows.macs
-        self._macs = {row.node: row.macs for row in rows.rows}
+        self.macs = {row.node: row.macs for row in rows.rows}
         self.values: set[fx.Node] = set(program.placeholders)
         for node in program.graph.nodes:
             tensor = node.op == "call_function" and node.meta.get("dtype") is not None
@@ -131,28 +131,16 @@ class _Work:
 
     def until(self, *nodes: fx.Node) -> int:
         """Of everything that `nodes` need."""
-        return sum(self._macs.get(node.name, 0) for node in ancestors(*nodes))
+        return sum(self.macs.get(node.name, 0) for node in between((), nodes))
 
 
 def macs_until(program: Program, names: Sequence[str]) -> int:
     """Multiply-adds per sample of everything that the named nodes need."""
     by_name = {node.name: node for node in program.graph.nodes}
-    return _Work(program).until(*(by_name[name] for name in names))
+    return Work(program).until(*(by_name[name] for name in names))
 
 
-def ancestors(*nodes: fx.Node) -> set[fx.Node]:
-    """`nodes` and everything they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _narrow(program: Program, work: _Work) -> list[fx.Node]:
+def _narrow(program: Program, work: Work) -> list[fx.Node]:
     """Values that are alone in being needed later, but for inputs and what is free of work."""
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     ends = {node: max((order[user] for user in node.users), default=-1) for node in order}
@@ -271,8 +259,21 @@ class _Heads(nn.Module):
         return tuple(head(value, mask) for head, value in zip(self.exits, values, strict=False))
 
 
-def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed: int) -> Program:
-    """A Program of its own: the values of `sources(found)` → `[batch, outputs]` of each exit.
+@dataclass(frozen=True)
+class Heads:
+    """Heads of all exits, apart from the network.
+
+    Attributes:
+        program: values of `sources` → `[batch, outputs]` of each exit.
+        sources: nodes of the network.
+    """
+
+    program: Program
+    sources: tuple[str, ...]
+
+
+def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed: int) -> Heads:
+    """New heads, which read the values at the places and the padding mask if there is one.
 
     Args:
         found: the places.
@@ -281,23 +282,22 @@ def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed:
         budget: multiply-adds per sample that a head may take.
         seed: of the first weights; the global generator is left as it was.
     """
+    masks = [place.mask for place in found if place.mask][:1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module = _Heads([Head(place, outputs, depth, budget) for place in found])
         values = tuple(torch.randn(place.shape) for place in found)
         values += tuple(torch.ones(place.shape[:2]) for place in found if place.mask)[:1]
-    return capture(module.eval(), (values,))
+    made = capture(module.eval(), (values,))
+    return Heads(made, tuple([place.node for place in found] + masks))
 
 
-def sources(found: Sequence[Place]) -> list[str]:
-    """What the heads read, by name: the values at the places, then the padding mask if any is."""
-    return [place.node for place in found] + [place.mask for place in found if place.mask][:1]
-
-
-def attach(program: Program, made: Program, found: Sequence[Place]) -> list[str]:
+def attach(program: Program, made: Heads) -> list[str]:
     """Put the heads into a program's graph, unread; names of the nodes of their outputs.
 
     The program is changed; recompile and propagate it afterwards.
     """
     by_name = {node.name: node for node in program.graph.nodes}
-    return [node.name for node in graft(program, made, [by_name[n] for n in sources(found)])]
+    read = [by_name[name] for name in made.sources]
+    inputs = dict(zip(made.program.placeholders, read, strict=True))
+    return [node.name for node in graft(program, made.program, inputs)]
