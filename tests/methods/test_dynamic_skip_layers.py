@@ -25,15 +25,20 @@ MASK = (torch.arange(TOKENS) < torch.tensor([[5], [2], [6], [3]])).long()
 class Masked(nn.Module):
     """Two units of tokens that see each other where they are real, and the mean of those."""
 
-    def __init__(self):
+    def __init__(self, written_out):
         super().__init__()
+        self.written_out = written_out
         self.units = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
 
     def forward(self, x, mask):
         hidden = mask.bool()[:, None, None, :].expand(-1, 1, TOKENS, TOKENS)
+        added = torch.where(hidden, 0.0, -1e9)
         for unit in self.units:
             y = unit(x).unsqueeze(1)
-            x = x + F.scaled_dot_product_attention(y, y, y, attn_mask=hidden).squeeze(1)
+            if self.written_out:
+                x = x + ((y @ y.transpose(2, 3) * 8**-0.5 + added).softmax(-1) @ y).squeeze(1)
+            else:
+                x = x + F.scaled_dot_product_attention(y, y, y, attn_mask=hidden).squeeze(1)
         held = mask.unsqueeze(-1).float()
         return (x * held).sum(1) / held.sum(1)
 
@@ -142,8 +147,10 @@ def test_what_is_no_unit_is_said():
     assert outcome.program is not held
 
 
-def test_padding_opens_no_gate():
-    held = capture(zoo.shake(Masked(), seed=2), {"x": torch.randn(2, TOKENS, 8), "mask": MASK[:2]})
+@pytest.mark.parametrize("written_out", [False, True])
+def test_padding_opens_no_gate(written_out):
+    example = {"x": torch.randn(2, TOKENS, 8), "mask": MASK[:2]}
+    held = capture(zoo.shake(Masked(written_out), seed=2), example)
     made, placed = gated(held, noise=1.0)
     gates.decide(made, placed)
     for body in split(made).pieces:  # none is handed a mask of all tokens to all tokens

@@ -183,6 +183,41 @@ def test_a_mask_that_knows_the_batch_of_another_input_is_one_of_padding():
     torch.testing.assert_close(made.program(x, mask), held(x, mask), rtol=1e-4, atol=2e-5)
 
 
+def transformer(kind, attention):
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    size |= {"intermediate_size": 32, "num_labels": 5, "hidden_dropout_prob": 0.0}
+    images = {"image_size": 16, "patch_size": 4} if kind == "ViT" else {"vocab_size": 50}
+    config = getattr(transformers, f"{kind}Config")(**size, **images)
+    name = f"{kind}For{'Image' if kind == 'ViT' else 'Sequence'}Classification"
+    model = getattr(transformers, name)._from_config(config, attn_implementation=attention)
+    return zoo.shake(model, seed=3)
+
+
+@pytest.mark.parametrize("by", ["merge", "drop", "fuse"])
+@pytest.mark.parametrize("kind", ["ViT", "Bert"])
+def test_attention_that_is_written_out_loses_the_same_tokens(kind, by):
+    generator = torch.Generator().manual_seed(0)
+    if kind == "ViT":
+        inputs = {"pixel_values": torch.randn(3, 3, 16, 16, generator=generator)}
+    else:
+        words = torch.randint(0, 50, (3, TOKENS), generator=generator)
+        mask = (torch.arange(TOKENS) < torch.tensor([[5], [9], [12]])).long()
+        inputs = {"input_ids": words, "attention_mask": mask}
+    fused, eager = (applied(capture(transformer(kind, written), inputs), by=by, r=2)
+                    for written in ("sdpa", "eager"))  # fmt: skip
+    names = [{node.target.__name__.split(".")[0] for node in made.program.graph.nodes
+              if node.op == "call_function"} for made in (fused, eager)]  # fmt: skip
+    fusion = "scaled_dot_product_attention"
+    assert fusion in names[0] and fusion not in names[1]
+    assert (
+        eager.figures["tokens"] == fused.figures["tokens"] and len(eager.resolved["removed"]) == 3
+    )
+    assert not eager.notes and eager.figures["macs"] == fused.figures["macs"]
+    ours, theirs = (made.program(*inputs.values()) for made in (eager, fused))
+    torch.testing.assert_close(ours["logits"], theirs["logits"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_a_constant_mask_that_hides_nothing_is_in_nobodys_way(first):
     def idle(x, _):  # as in transformers' ViT

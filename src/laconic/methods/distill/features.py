@@ -26,7 +26,7 @@ and the projections, which are small; the teacher's inner values take memory bes
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any, ClassVar, Literal
 
@@ -39,7 +39,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
-from laconic.solvers.layers.attentions import Attention, attentions
+from laconic.solvers.layers.attentions import attentions
 from laconic.solvers.teaching import feature_losses
 from laconic.solvers.teaching.beside import Beside, beside
 from laconic.solvers.teaching.learning import Course, Inside, trainable
@@ -51,6 +51,24 @@ from laconic.training.taps import Alike, matched
 Shape = tuple[int, ...]
 _USUAL = {"hint": 5.0, "attention": 10.0, "relational": 10.0, "contrastive": 1.0, "relations": 1.0}
 """So that a loss moves a student about as much as soft targets at temperature 4 do, or less."""
+
+
+@dataclass(frozen=True)
+class _Relation:
+    """An attention of as many keys as queries.
+
+    Attributes:
+        name: of the node that gives its output.
+        values: names of the nodes of query, key and value, each `[batch, heads, tokens, width]`, or
+            `[batch, tokens, width]` without heads.
+        heads: the most heads that all three have.
+        widths: of each of the three, over all heads.
+    """
+
+    name: str
+    values: list[str]
+    heads: int
+    widths: list[int]
 
 
 class Features(DataFree, Method):
@@ -171,7 +189,7 @@ class Features(DataFree, Method):
         """Pairs of attentions."""
         student.propagate()
         theirs.propagate(student.example)
-        ours, others = attentions(student), attentions(theirs)
+        ours, others = _relations(student), _relations(theirs)
         if not ours or not others:
             whose = "program" if not ours else "teacher"
             raise RecipeError(
@@ -199,8 +217,8 @@ class Features(DataFree, Method):
         )
 
     def _attention_pairs(
-        self, ours: list[Attention], theirs: list[Attention]
-    ) -> list[tuple[Attention, Attention]]:
+        self, ours: list[_Relation], theirs: list[_Relation]
+    ) -> list[tuple[_Relation, _Relation]]:
         if self.nodes is None:
             return [(ours[-1], theirs[-1])]
         mine = {one.name: one for one in ours}
@@ -245,3 +263,21 @@ def _one_map(mine: Shape, other: Shape) -> bool:
 def _same_batch(mine: Shape, other: Shape) -> bool:
     """A value for each sample of both."""
     return min(len(mine), len(other)) > 1 and mine[0] == other[0]
+
+
+def _relations(program: Program) -> list[_Relation]:
+    """In graph order; shapes have to be propagated."""
+    found: list[_Relation] = []
+    for one in attentions(program):
+        parts = [node for node in (one.query, one.key, one.value) if node is not None]
+        shapes = [node.meta["shape"] for node in parts]
+        ranks = {len(shape) for shape in shapes}
+        if one.output is None or len(parts) < 3 or ranks not in ({3}, {4}):
+            continue
+        if len({shape[-2] for shape in shapes}) != 1:
+            continue
+        heads = [shape[1] if len(shape) == 4 else 1 for shape in shapes]
+        widths = [h * shape[-1] for h, shape in zip(heads, shapes, strict=True)]
+        names = [node.name for node in parts]
+        found.append(_Relation(one.output.name, names, min(heads), widths))
+    return found

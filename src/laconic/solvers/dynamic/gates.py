@@ -16,12 +16,12 @@ from torch import Tensor, fx, nn
 
 from laconic.program.choices import CHOOSE
 from laconic.program.cost import cost
-from laconic.program.equations import arguments, operator_name
+from laconic.program.equations import operator_name
 from laconic.program.program import Program
-from laconic.program.rewrites import set_argument
 from laconic.program.surgery import remove_dead
-from laconic.solvers.dynamic.token_layers import ATTENTION, hides_padding_only, made_of, mask_input
+from laconic.solvers.dynamic.token_layers import hides_padding_only, made_of, mask_input
 from laconic.solvers.dynamic.token_merging import Writer, logarithm
+from laconic.solvers.layers.attentions import attentions
 from laconic.solvers.layers.residual import Branch, branches
 from laconic.training.attendant import Attendant
 from laconic.training.job import Forward, Loss, Objective
@@ -150,20 +150,20 @@ def mask_for_itself(program: Program) -> None:
     them row by row. Where a mask says anything else it stays; shapes have to be propagated.
     """
     known: dict[fx.Node, bool] = {}
-    for node in list(program.graph.nodes):
-        shared: Any = arguments(node)["attn_mask"] if operator_name(node) == ATTENTION else None
-        mask = mask_input(program, node.meta["shape"][-2]) if isinstance(shared, fx.Node) else None
-        if not isinstance(shared, fx.Node) or mask is None or len(node.meta["shape"]) != 4:
+    found = [(one, held.value, held.reader) for one in attentions(program) for held in one.masks]
+    for one, shared, reader in found:
+        mask = mask_input(program, one.sizes[1])
+        if mask is None or len(one.core.meta["shape"]) != 4:
             continue
         if shared not in known:
             known[shared] = shared in made_of(program, mask) and hides_padding_only(
                 program, shared, mask
             )
         if known[shared]:
-            write = Writer(program, node, str(node.meta.get("origin", "")))
-            real = write(_ATEN.to.dtype, mask, node.meta["dtype"])
+            write = Writer(program, reader, str(reader.meta.get("origin", "")))
+            real = write(_ATEN.to.dtype, mask, reader.meta["dtype"])
             own = logarithm(write, real, 4)  # as numbers: OpenVINO fuses them better than bools
-            set_argument(node, "attn_mask", own)
+            reader.replace_input_with(shared, own)
     remove_dead(program)
 
 

@@ -16,7 +16,8 @@ from laconic.program.axes import Atom, Sum, Term
 from laconic.program.equations import Equations, arguments, operator_name
 from laconic.program.operators import elementwise, joining, quantization, shape
 from laconic.program.program import Program
-from laconic.solvers.dynamic.token_layers import ATTENTION, SOFTMAX, Layer
+from laconic.solvers.dynamic.token_layers import Layer
+from laconic.solvers.layers.attentions import FUSED, SOFTMAX
 
 POOLS = ("aten.mean", "aten.sum")
 _FREE = ("aten.amax", "aten.amin", "aten.any", "aten.all")  # a token that stands twice is no more
@@ -159,7 +160,7 @@ class TokenAxis:
         stage = self.stages[max(number, 0)]
         if axes.resolve(stage.rest) not in out | inputs:
             return  # leading tokens only
-        if name == ATTENTION:
+        if name == FUSED:
             self._attention(node, stage, number)
         elif name in SOFTMAX:
             held: Any = node.args[0]

@@ -20,8 +20,9 @@ from laconic.program.equations import arguments, operator_name
 from laconic.program.program import Program
 from laconic.solvers.dynamic import token_layers
 from laconic.solvers.dynamic.token_axis import POOLS, Refused, Site, Stage, TokenAxis
-from laconic.solvers.dynamic.token_layers import ATTENTION, Layer
+from laconic.solvers.dynamic.token_layers import Layer
 from laconic.solvers.dynamic.token_merging import By, Reduction, Writer, logarithm, reduce, weighed
+from laconic.solvers.layers.attentions import FUSED, Mask, attentions
 
 _ATEN: Any = torch.ops.aten
 
@@ -75,6 +76,7 @@ class Following:
     def _ready(self) -> None:
         """Number the stages; give each its own padding mask; read single tokens as runs."""
         padding = token_layers.made_of(self.program, self.mask)
+        masks = {mask.reader: mask for one in attentions(self.program) for mask in one.masks}
         begun = {stage.stand: number for number, stage in enumerate(self.stages)}
         for node in list(self.program.graph.nodes):
             if node in begun:
@@ -87,7 +89,7 @@ class Following:
             if operator_name(node) == "aten.select":
                 node = self._as_run(node, number)
             if self.mask is not None:
-                self._mask(node, self.stages[number], padding)
+                self._mask(node, masks.get(node), self.stages[number], padding)
 
     def _as_run(self, node: fx.Node, number: int) -> fx.Node:
         """A place of an axis that may be that of tokens: a run of one, without its dimension."""
@@ -115,21 +117,19 @@ class Following:
 
     # padding ------------------------------------------------------------------------------
 
-    def _mask(self, node: fx.Node, stage: Stage, padding: set[fx.Node]) -> None:
+    def _mask(self, node: fx.Node, hides: Mask | None, stage: Stage, padding: set[fx.Node]) -> None:
         """Take what hides padding out of an attention; elsewhere read the stage's own mask."""
         assert self.mask is not None
-        if operator_name(node) == ATTENTION:
-            hides = arguments(node)["attn_mask"]
-            known = hides in padding and token_layers.hides_padding_only(
-                self.program, hides, self.mask
-            )
-            if not known:
-                raise Refused(
-                    stage.layer.name,
-                    f"{operator_name(node)} {node.name}: its mask is not that of the padding alone",
-                )
-            rewrites.set_argument(node, "attn_mask", None)
+        if hides is not None and hides.value in padding and token_layers.hides_padding_only(
+            self.program, hides.value, self.mask
+        ):  # fmt: skip
+            hides.take()  # what tokens weigh hides it too
             return
+        if operator_name(node) == FUSED:
+            raise Refused(
+                stage.layer.name,
+                f"{operator_name(node)} {node.name}: its mask is not that of the padding alone",
+            )
         for source in node.all_input_nodes:
             inner = source.meta.get("shape", ())
             if source in padding and source.meta.get("dtype") is not None and (
@@ -240,7 +240,7 @@ class Following:
             weight = write(_ATEN.to.dtype, weight, stage.layer.total.meta["dtype"])
         own = weight if site.whole else write.run(weight, stage.lead, 2**63 - 1)
         bias = logarithm(write, own, site.rank)
-        if operator_name(node) == ATTENTION:
+        if operator_name(node) == FUSED:
             rewrites.set_argument(node, "attn_mask", bias)
         else:
             node.replace_input_with(held, write(_ATEN.add.Tensor, held, bias))

@@ -14,17 +14,10 @@ from torch.fx.node import map_arg
 
 from laconic.program.equations import arguments, operator_name
 from laconic.program.program import Program
-from laconic.program.rewrites import set_argument
 from laconic.program.surgery import remove_dead
+from laconic.solvers.layers.attentions import Attention, Mask, attentions
 from laconic.solvers.layers.residual import Branch, branches
 
-SOFTMAX = ("aten.softmax", "aten._softmax")
-ATTENTION = "aten.scaled_dot_product_attention"
-_PRODUCTS = ("aten.matmul", "aten.bmm", "aten.baddbmm")
-_ON_THE_WAY = (
-    *("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.masked_fill", "aten.where", "aten.to"),
-    *("aten._to_copy", "aten.dropout", "aten.clone", "aten.maximum", "aten.contiguous"),
-)
 _SIZE = "aten.sym_size"
 _PROBES = 3
 _HIDDEN = -1e4  # an additive mask of at most this hides a key
@@ -56,73 +49,31 @@ def layers(program: Program) -> list[Layer]:
     batch = program.batch_size()
     if not any(program.dynamic.values()):  # all shapes are fixed
         batch = next((held.shape[0] for held in program.example if held.ndim), 1)
-    found = (_layer(branch, batch) for branch in branches(program))
+    known = {one.core: one for one in attentions(program)}
+    found = (_layer(branch, batch, known) for branch in branches(program))
     return [layer for layer in found if layer is not None]
 
 
-def _layer(branch: Branch, batch: int) -> Layer | None:
+def _layer(branch: Branch, batch: int, known: Mapping[fx.Node, Attention]) -> Layer | None:
     shape = branch.total.meta["shape"]
     if len(shape) != 3 or shape[0] != batch or shape[1] < 2:
         return None
-    for node in branch.inner:
-        pair = _queries_and_keys(node, shape[1])
-        if pair is None:
-            continue
-        own = [one if _is_stack(one, batch, shape[1], branch) else None for one in pair]
-        if own[1] is None and pair[1] is not None and pair[1] not in branch.inner:
-            continue  # keys of somebody else: not self-attention
-        query, key = own
+    for one in (known[node] for node in branch.inner if node in known):
+        if one.sizes != (shape[1], shape[1]) or one.key not in (None, *branch.inner):
+            continue  # not all to all, or keys of somebody else: not self-attention
+        query, key = (
+            held if _is_stack(held, batch, shape[1], branch) else None
+            for held in (one.query, one.key)
+        )
         if query is not None and (key is None or query.meta["shape"] != key.meta["shape"]):
             query = None  # several queries share a key
-        return Layer(branch.name, branch.total, shape[1], query, key, _scale(node, pair[0]))
+        return Layer(branch.name, branch.total, shape[1], query, key, one.scale)
     return None
 
 
 def _is_stack(node: fx.Node | None, batch: int, tokens: int, branch: Branch) -> bool:
     shape = () if node is None else node.meta["shape"]
     return len(shape) == 4 and shape[0] == batch and shape[2] == tokens and node in branch.inner
-
-
-def _queries_and_keys(node: fx.Node, tokens: int) -> tuple[fx.Node | None, fx.Node | None] | None:
-    """What an attention looks with and at, or None if `node` is no attention of all to all."""
-    name, shape = operator_name(node), node.meta.get("shape", ())
-    if name == ATTENTION:
-        query: Any = node.args[0]
-        key: Any = node.args[1]
-        sizes = query.meta["shape"][-2], key.meta["shape"][-2]
-        return (query, key) if sizes == (tokens, tokens) else None
-    square = name in SOFTMAX and len(shape) > 2 and tuple(shape[-2:]) == (tokens, tokens)
-    if not square or int(arguments(node)["dim"]) not in (-1, len(shape) - 1):
-        return None
-    product = _product(node)
-    turned: Any = None if product is None else product.args[1]
-    if product is None or operator_name(turned) not in ("aten.transpose", "aten.permute"):
-        return None, None
-    key, query = turned.args[0], product.args[0]
-    held: Any = turned.meta["shape"]
-    straight = tuple(key.meta["shape"]) == (*held[:-2], held[-1], held[-2])
-    return (query, key) if straight else (None, None)
-
-
-def _product(softmax: fx.Node) -> fx.Node | None:
-    """The product whose values a written-out attention takes the softmax of."""
-    shape, stack = tuple(softmax.meta["shape"]), list(softmax.all_input_nodes)
-    while stack:
-        node = stack.pop()
-        if tuple(node.meta.get("shape", ())) != shape:
-            continue
-        if operator_name(node) in _PRODUCTS:
-            return node if operator_name(node) != "aten.baddbmm" else None
-        if operator_name(node) in _ON_THE_WAY:
-            stack += node.all_input_nodes
-    return None
-
-
-def _scale(node: fx.Node, query: fx.Node | None) -> float:
-    """The factor in front of products of queries and keys; that of the paper where it is unseen."""
-    if operator_name(node) == ATTENTION and arguments(node)["scale"] is not None:
-        return float(arguments(node)["scale"])
-    return 1.0 if query is None else float(query.meta["shape"][-1]) ** -0.5
 
 
 # padding ------------------------------------------------------------------------------------
@@ -160,20 +111,22 @@ def take_idle_masks(program: Program) -> None:
     """
     if any(name != "batch" for dims in program.dynamic.values() for name in dims.values()):
         return
-    fed, taken = set(program.placeholders), False
+    fed = set(program.placeholders)
     for node in program.graph.nodes:
         if operator_name(node) != _SIZE and any(source in fed for source in node.all_input_nodes):
             fed.add(node)
-        mask: Any = arguments(node)["attn_mask"] if operator_name(node) == ATTENTION else None
-        if not isinstance(mask, fx.Node) or mask in fed:
-            continue
-        with torch.no_grad():
-            value = _value(program, mask, {})
-        if bool((value if value.dtype == torch.bool else value == 0).all()):
-            set_argument(node, "attn_mask", None)
-            taken = True
-    if taken:
+    found = [mask for one in attentions(program) for mask in one.masks if mask.value not in fed]
+    idle = [mask for mask in found if _is_idle(program, mask)]
+    for mask in idle:
+        mask.take()
+    if idle:
         remove_dead(program)
+
+
+def _is_idle(program: Program, mask: Mask) -> bool:
+    with torch.no_grad():
+        value = _value(program, mask.value, {})
+    return bool((value if value.dtype == torch.bool else value == 0).all())
 
 
 def hides_padding_only(program: Program, node: fx.Node, mask: fx.Node) -> bool:

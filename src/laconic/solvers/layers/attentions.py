@@ -1,100 +1,170 @@
-"""Queries, keys and values of the attentions in a graph, by the names of their nodes."""
+"""The attentions in a graph: what looks at what, through which masks.
 
+Written as one operator, or as two products with a softmax between them (transformers' "eager").
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import fx
 
+from laconic.program.equations import arguments, operator_name
 from laconic.program.program import Program
+from laconic.program.rewrites import set_argument
 
-_aten = torch.ops.aten
-_PRODUCTS = (_aten.matmul.default, _aten.bmm.default)
-_SOFTMAX = (_aten.softmax.int, _aten._softmax.default)
-_BETWEEN = ("mul", "div", "add", "sub", "masked_fill", "where", "dropout", "clone", "to", "clamp")
+FUSED = "aten.scaled_dot_product_attention"
+SOFTMAX = ("aten.softmax", "aten._softmax")
+_PRODUCTS = ("aten.matmul", "aten.bmm")
+_BETWEEN = (
+    *("aten.mul", "aten.div", "aten.add", "aten.sub", "aten.masked_fill", "aten.where", "aten.to"),
+    *("aten._to_copy", "aten.dropout", "aten.clone", "aten.clamp", "aten.maximum"),
+    "aten.contiguous",
+)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is added to the products of an attention, or says which of them count.
+
+    Attributes:
+        value: `[..., queries, keys]`, added, or bool: True where a product counts.
+        reader: the operator that applies it: the attention itself, or a sum.
+        bare: what the sum would be without it; None where the attention applies it.
+    """
+
+    value: fx.Node
+    reader: fx.Node
+    bare: fx.Node | None = None
+
+    def take(self) -> None:
+        """Take it from its attention, in place."""
+        if self.bare is None:
+            set_argument(self.reader, "attn_mask", None)
+        else:
+            self.reader.replace_all_uses_with(self.bare)
+            self.reader.graph.erase_node(self.reader)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention.
+    """One attention. What is not found in one that is written out is None.
 
     Attributes:
-        name: of the node that gives its output.
-        values: names of the nodes of query, key and value, each `[batch, heads, tokens, width]`, or
-            `[batch, tokens, width]` without heads.
-        heads: the most heads that all three have.
-        widths: of each of the three, over all heads.
+        core: its operator, or its softmax.
+        sizes: how many queries look at how many keys.
+        query: `[..., queries, width]`.
+        key: `[..., keys, width]`, of fewer heads where queries share them.
+        value: `[..., keys, width]`.
+        output: `[..., queries, width]`.
+        scale: what products of queries and keys are multiplied by.
+        masks: what they are masked with.
     """
 
-    name: str
-    values: tuple[str, str, str]
-    heads: int
-    widths: tuple[int, ...]
+    core: fx.Node
+    sizes: tuple[int, int]
+    query: fx.Node | None
+    key: fx.Node | None
+    value: fx.Node | None
+    output: fx.Node | None
+    scale: float
+    masks: tuple[Mask, ...]
 
 
 def attentions(program: Program) -> list[Attention]:
-    """All attentions that see as many keys as queries, in graph order; shapes are propagated.
+    """All attentions, in graph order; shapes have to be propagated."""
+    found = (_fused(node) or _written_out(node) for node in program.graph.nodes)
+    return [one for one in found if one is not None]
 
-    Written as one operator, or as two products with a softmax between them.
-    """
-    found: list[Attention] = []
-    for node in program.graph.nodes:
-        nodes = _parts(node)
-        if nodes is None:
-            continue
-        shapes = [value.meta["shape"] for value in nodes]
-        ranks = {len(shape) for shape in shapes}
-        if ranks not in ({3}, {4}) or len({shape[-2] for shape in shapes}) != 1:
-            continue
-        heads = [shape[1] if len(shape) == 4 else 1 for shape in shapes]
-        widths = tuple(h * shape[-1] for h, shape in zip(heads, shapes, strict=True))
-        query, key, value = nodes
-        names = (query.name, key.name, value.name)
-        found.append(Attention(node.name, names, min(heads), widths))
+
+def _fused(node: fx.Node) -> Attention | None:
+    if operator_name(node) != FUSED:
+        return None
+    see = arguments(node)
+    query, key, held = see["query"], see["key"], see["attn_mask"]
+    scale = query.meta["shape"][-1] ** -0.5 if see["scale"] is None else float(see["scale"])
+    masks = (Mask(held, node),) if isinstance(held, fx.Node) else ()
+    sizes = query.meta["shape"][-2], key.meta["shape"][-2]
+    return Attention(node, sizes, query, key, see["value"], node, scale, masks)
+
+
+def _written_out(node: fx.Node) -> Attention | None:
+    shape = node.meta.get("shape", ())
+    if operator_name(node) not in SOFTMAX or len(shape) < 3:
+        return None
+    if int(arguments(node)["dim"]) not in (-1, len(shape) - 1):
+        return None
+    query = key = None
+    scale, masks, way = 1.0, tuple[Mask, ...](), _way(node)
+    if way:
+        product: Any = way[-1]
+        query, key = product.args[0], _upright(product.args[1])
+        scale = _scale(way, query.meta["shape"][-1])
+        masks = tuple(_masks(way))
+    end: Any = _end(node)
+    value = None if end is None else end.args[1]
+    return Attention(node, (shape[-2], shape[-1]), query, key, value, end, scale, masks)
+
+
+def _way(softmax: fx.Node) -> list[fx.Node]:
+    """From the softmax back to the product of queries and keys, both included; [] if unseen."""
+    shape = tuple(softmax.meta["shape"])
+    ways = [[softmax]]
+    while ways:
+        way = ways.pop()
+        for source in way[-1].all_input_nodes:
+            if tuple(_shape(source)) != shape:
+                continue
+            if operator_name(source) in _PRODUCTS:
+                return [*way, source]
+            if operator_name(source) in _BETWEEN:
+                ways.append([*way, source])
+    return []
+
+
+def _scale(way: list[fx.Node], width: int) -> float:
+    """What numbers multiply the product on its way; the paper's where it is no number."""
+    found = 1.0
+    for node in way:
+        name = operator_name(node)
+        if name in ("aten.mul", "aten.div"):
+            other = node.args[1]
+            if not isinstance(other, (int, float)):
+                return float(width) ** -0.5
+            found *= other if name == "aten.mul" else 1 / other
     return found
 
 
-def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """Query, key and value of the attention that ends in `node`."""
-    if node.target == _aten.scaled_dot_product_attention.default:
-        query, key, value, *_ = node.args
-    elif node.target in _PRODUCTS:
-        value = node.args[1]
-        share = _back(node.args[0], _SOFTMAX)
-        scores = _back(share.args[0], _PRODUCTS) if share is not None else None
-        if scores is None:
-            return None
-        query, key = scores.args[0], _upright(scores.args[1])
-    else:
-        return None
-    if isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node):
-        return query, key, value
+def _masks(way: list[fx.Node]) -> Iterator[Mask]:
+    for node, bare in zip(way, way[1:], strict=False):
+        if operator_name(node) == "aten.add" and arguments(node).get("alpha") in (None, 1):
+            for other in node.args:
+                if isinstance(other, fx.Node) and other is not bare:
+                    yield Mask(other, node, bare)
+
+
+def _end(softmax: fx.Node) -> fx.Node | None:
+    """The product of shares and values."""
+    shape, stack = _shape(softmax), [softmax]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if operator_name(user) in _PRODUCTS and user.args[0] is node:
+                return user
+            if operator_name(user) in _BETWEEN and _shape(user) == shape:
+                stack.append(user)
     return None
 
 
-def _back(start: object, targets: tuple[object, ...]) -> fx.Node | None:
-    """The operator of these kinds that a value comes from by pointwise operators alone."""
-    node = start
-    while isinstance(node, fx.Node):
-        if node.target in targets:
-            return node
-        if node.op != "call_function" or _base(node) not in _BETWEEN:
-            return None
-        shape = node.meta["shape"]
-        same = [n for n in node.all_input_nodes if n.meta.get("shape") == shape]
-        node = next((n for n in same if n.op == "call_function"), None)
-    return None
-
-
-def _upright(value: object) -> fx.Node | None:
+def _upright(node: fx.Node) -> fx.Node | None:
     """What a value is the transpose of in its last two dimensions."""
-    if not isinstance(value, fx.Node) or _base(value) not in ("transpose", "permute", "mT", "t"):
+    if operator_name(node) not in ("aten.transpose", "aten.permute", "aten.mT", "aten.t"):
         return None
-    source = value.all_input_nodes[0]
-    turned, shape = value.meta["shape"], source.meta["shape"]
-    return source if (*shape[:-2], shape[-1], shape[-2]) == tuple(turned) else None
+    source, turned = node.all_input_nodes[0], _shape(node)
+    straight = _shape(source)
+    return source if (*straight[:-2], straight[-1], straight[-2]) == tuple(turned) else None
 
 
-def _base(node: fx.Node) -> str:
-    target = node.target
-    name = target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
-    return name.rstrip("_")
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    found = node.meta.get("shape", ())
+    return found if isinstance(found, tuple) else ()
