@@ -2,14 +2,15 @@
 
 `frozen` trains exits in front of a network that stays as it is, `trained` trains it along with
 them, `early` the same with wider heads nearer to the input, `wide` has such heads in front of a
-network that stays as it is, `cascade` asks a ResNet-20 first (not with `--quick`, where a ResNet-20
-is all there is). Each sets its limits on validation rows, with
-the promise that at most `--drop` points are lost at 95 % confidence. `test` and `latency`: of the
-exits that are cheapest by validation, `cascade_test` and `cascade_latency` of the cascade: accuracy
-of the deployed chain and of the original on test rows that nothing was chosen on; milliseconds per
-image over `--stream` test images in their order, a batch after the other, original and chain in
-turns, in every float precision. `latency_ratio_b1` and `_b32` are the original at its best
-precision over the chain at its best; `same_precision` is beside.
+network that stays as it is, `tail` one head there that is the rest of the network with fewer of its
+layers, `cascade` asks a ResNet-20 first (not with `--quick`, where a ResNet-20 is all there is).
+Each sets its limits on validation rows, with the promise that at most `--drop` points are lost at
+95 % confidence. `test` and `latency`: of the exits that are cheapest by validation, `cascade_test`
+and `cascade_latency` of the cascade: accuracy of the deployed chain and of the original on test
+rows that nothing was chosen on; milliseconds per image over `--stream` test images in their order,
+a batch after the other, original and chain in turns, in every float precision. `latency_ratio_b1`
+and `_b32` are the original at its best precision over the chain at its best; `same_precision` is
+beside.
 
     python -m benchmarks.early_exit [--minutes 15] [--only frozen] [--quick]
 """
