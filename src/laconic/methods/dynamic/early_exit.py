@@ -2,9 +2,9 @@
 
 Idea: most inputs are easy. Small heads on inner values answer early; a sample that one of them is
 sure about leaves, the rest goes on. Places are found from the graph: values on which everything
-later depends, spread over the work. Heads are as wide as a share of the multiply-adds allows and
-learn from the deepest output and from labels; the network in front of them stays as it is, or is
-trained along. Limits of doubt are chosen on one part of the validation data and tested on the
+later depends, spread over the work. Heads are as wide as a share of the multiply-adds allows, or
+are the rest of the network with as few of its residual layers (`head: tail`); they learn from the
+deepest output and from labels; the network in front of them stays as it is, or is trained along. Limits of doubt are chosen on one part of the validation data and tested on the
 other, step by step, until a step fails: what is kept loses at most `max_drop` with the confidence
 asked for. The program stays one static graph with one output; exported, it is a chain of pieces,
 and rows that have left cost nothing.
@@ -53,6 +53,8 @@ from laconic.solvers.teaching.learning import Course
 from laconic.training.job import Trained
 from laconic.training.plan import Plan
 
+_SIZES = {"new": 0.03, "tail": 0.2}
+
 
 class EarlyExit(Plan, Method):
     """Options of `dynamic.early_exit`; `Plan` has those of training. Sites are names of places.
@@ -62,11 +64,12 @@ class EarlyExit(Plan, Method):
         at: names of the values that get an exit (graph nodes, or module paths, whose last value is
             meant), in place of `exits`.
         head: "new", or "tail": the rest of the network with fewer of its residual layers, which
-            begins with the network's weights; takes a larger `size` (0.1 to 0.2), and is far better
-            in front, where features are not yet those that classes are told by.
+            begins with the network's weights; far better in front, where features are not yet those
+            that classes are told by.
         depth: of new heads on images: convolutions in each stage, stages halving the resolution
             down to 8 pixels; on other values a hidden layer. 0 is pooling and one layer.
-        size: most that a head may take, as a share of the network's multiply-adds; widths follow.
+        size: most that a head may take, as a share of the network's multiply-adds; widths, or the
+            layers of a tail, follow. None is 0.03, for a tail 0.2.
         backbone: "frozen" trains the heads only; "trained" the network along with them.
         temperature: of the softened answers that the heads learn from.
         alpha: weight of the teacher's answers; the rest goes to labels, where there are any.
@@ -85,7 +88,7 @@ class EarlyExit(Plan, Method):
     at: list[str] | None = None
     head: Literal["new", "tail"] = "new"
     depth: int = Field(default=1, ge=0, le=4)
-    size: float = Field(default=0.03, gt=0, le=0.5)
+    size: float | None = Field(default=None, gt=0, le=0.5)
     backbone: Literal["frozen", "trained"] = "frozen"
     temperature: float = Field(default=2.0, gt=0)
     alpha: float = Field(default=0.5, ge=0, le=1)
@@ -160,7 +163,8 @@ class EarlyExit(Plan, Method):
         self, work: Program, found: Sequence[Place], classes: int, context: Context
     ) -> tuple[Program, list[str], Trained]:
         """The program with heads that nothing reads yet, the nodes of their outputs, the run."""
-        budget = self.size * cost(work).macs
+        size = _SIZES[self.head] if self.size is None else self.size
+        budget = size * cost(work).macs
         if self.head == "tail":
             heads = tails(work, found, budget)
         else:
