@@ -3,11 +3,12 @@
 Idea: most inputs are easy. Small heads on inner values answer early; a sample that one of them is
 sure about leaves, the rest goes on. Places are found from the graph: values on which everything
 later depends, spread over the work. Heads are as wide as a share of the multiply-adds allows, or
-are the rest of the network with as few of its residual layers (`head: tail`); they learn from the
-deepest output and from labels; the network in front of them stays as it is, or is trained along. Limits of doubt are chosen on one part of the validation data and tested on the
-other, step by step, until a step fails: what is kept loses at most `max_drop` with the confidence
-asked for. The program stays one static graph with one output; exported, it is a chain of pieces,
-and rows that have left cost nothing.
+are the rest of the network with as few of its residual layers (`head: tail`). They learn from the
+deepest output and from labels; the network in front of them stays as it is, or is trained along.
+Limits of doubt are chosen on one part of the validation data and tested on the other, step by step,
+until a step fails: what is kept loses at most `max_drop` with the confidence asked for. The program
+stays one static graph with one output; exported, it is a chain of pieces, and rows that have left
+cost nothing.
 
 Papers: Teerapittayanon, McDanel & Kung, "BranchyNet" (ICPR 2016, arXiv 1709.01686); Huang et al.,
 "Multi-scale dense networks" (ICLR 2018, 1703.09844) for limits under a budget; Phuong & Lampert,
@@ -18,8 +19,8 @@ Helps: deep classifiers whose inputs differ in difficulty; most at batch 1. Does
 networks, where a piece costs little more than a call; embeddings and regressions, which have no
 confidence (refused); few validation samples, on which nothing can be promised (some thousands for
 a third of a point). With the network frozen nothing is lost where nobody leaves, and training
-takes minutes; early features of a network that was not trained for it are poor, though: trained
-along (`backbone: trained`), early exits are much better.
+takes minutes; early features of a network that was not trained for it are poor, though: tails make
+something of them, new heads need the network trained along (`backbone: trained`).
 
 Cost: training steps; frozen, a run of the network forward and a step of the heads for each sample.
 One pass over the validation data. Each head adds its share of multiply-adds to what goes past it.
