@@ -156,6 +156,89 @@ def test_a_stream_too_large_to_be_squared_gets_no_linear_map(generator):
     assert torch.equal(outcome.program(x), x)
 
 
+# shared weights -------------------------------------------------------------------------------
+
+
+class Repeated(nn.Module):
+    """One residual step, three times."""
+
+    def __init__(self, times=3):
+        super().__init__()
+        self.times, self.step, self.head = times, nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def stream(self, x):
+        found = [x]
+        for _ in range(self.times):
+            found.append(found[-1] + torch.tanh(self.step(found[-1])))
+        return found
+
+    def forward(self, x):
+        return self.head(self.stream(x)[-1])
+
+
+@pytest.mark.parametrize("importance", ["influence", "taylor", "loss"])
+def test_a_use_of_shared_weights_goes_and_the_weights_stay(importance, generator):
+    model = zoo.shake(Repeated(), 1)
+    x = torch.randn(16, 6, generator=generator)
+    program = capture(model, x[:2])
+    outcome = drop(program, data=x, importance=importance, count=1)
+    scores, dropped = outcome.figures["scores"], outcome.figures["dropped"]
+    assert set(scores) == {"step", "step~2", "step~3"} and outcome.figures["branches"] == [3, 2]
+    assert dropped == [min(scores, key=scores.__getitem__)]
+    if importance == "influence":
+        stream = model.stream(x)
+        turned = [1 - nn.functional.cosine_similarity(a, b, -1).mean()
+                  for a, b in zip(stream, stream[1:], strict=False)]  # fmt: skip
+        assert list(scores.values()) == pytest.approx([one.item() for one in turned], rel=1e-4)
+    model.times = 2
+    with torch.no_grad():
+        assert torch.equal(outcome.program(x), model(x))
+    assert outcome.program.state_dict().keys() == program.state_dict().keys()
+    before, after = outcome.figures["macs"]
+    assert before - after == 36
+
+
+def test_weights_go_with_their_last_use(generator):
+    x = torch.randn(4, 6, generator=generator)
+    model = zoo.shake(Repeated(), 1)
+    outcome = drop(capture(model, x[:2]), drop=["step", "step~2", "step~3"])
+    with torch.no_grad():
+        assert torch.equal(outcome.program(x), model.head(x))
+    assert set(outcome.program.state_dict()) == {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2"])
+def test_norms_cannot_tell_uses_of_one_weight_apart(importance):
+    with pytest.raises(RecipeError, match="shares all its weights with step:"):
+        drop(capture(Repeated(), torch.randn(2, 6)), importance=importance)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_albert_loses_depth(attention, generator):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AlbertConfig(
+        vocab_size=50, embedding_size=8, hidden_size=16, num_hidden_layers=4,
+        num_attention_heads=2, intermediate_size=32,
+    )  # fmt: skip
+    model = transformers.AlbertModel._from_config(config, attn_implementation=attention)
+    zoo.shake(model, 1)
+    words = torch.randint(0, 50, (8, 7), generator=generator)
+    program = capture(model, {"input_ids": words[:2]})
+    layer = model.encoder.albert_layer_groups[0].albert_layers[0]
+    with torch.no_grad():
+        outcome = drop(program, data=words, unit=2, count=1)
+        gone = list(outcome.figures["scores"]).index(" + ".join(outcome.figures["dropped"]))
+        x = model.encoder.embedding_hidden_mapping_in(model.embeddings(words))
+        for place in range(4):
+            alone = layer.full_layer_layer_norm(layer.attention.LayerNorm(x))
+            x = alone if place == gone else layer(x)
+        found = outcome.program(words)["last_hidden_state"]
+    torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+    assert outcome.figures["branches"] == [8, 6]
+    before, after = outcome.figures["parameters"]
+    assert before == after and outcome.figures["macs"][1] < outcome.figures["macs"][0]
+
+
 # what is refused ------------------------------------------------------------------------------
 
 

@@ -10,7 +10,8 @@ layers" (2403.17887); Veit et al. 2016 (1605.06431) for residual networks; linea
 "ReplaceMe", Shopkhoev et al. 2025 (2505.02819).
 
 Helps: deep residual networks and transformers, where runtimes are slow in proportion to depth: a
-dropped layer is time gained on every device, unlike channels of odd counts.
+dropped layer is time gained on every device, unlike channels of odd counts. Of layers that share
+their weights (ALBERT) it drops uses: time is gained, the weights stay while a use of them stays.
 Does not: networks without residual streams, blocks that change the stream's shape (they stay),
 shallow networks, where every block matters; without recovery accuracy falls fast.
 Cost: weight norms need no data; influence a pass over the calibration data; taylor a backward pass;
@@ -68,7 +69,8 @@ class DropLayers(Method):
         """Take the least important branches out.
 
         Raises:
-            RecipeError: sites or `drop` name no branch; `count` is more than there are.
+            RecipeError: sites or `drop` name no branch; `count` is more than there are; norms are
+                to tell branches apart that share their weights.
             DataError: calibration data that are needed and missing, or do not fit.
         """
         work = program.clone()
@@ -76,9 +78,7 @@ class DropLayers(Method):
         found = branches(work)
         notes: list[str] = []
         if not found:
-            notes.append(
-                "no residual branch: no sum of a value with what weights of its own make of it"
-            )
+            notes.append("no residual branch: no sum of a value with what weights make of it alone")
         chosen = sites.choose([branch.name for branch in found])
         batches = _Data(self, work, context)
         scores: dict[str, float] = {}
@@ -124,7 +124,7 @@ class DropLayers(Method):
                 f"count {self.count} is more than the {units} units of {self.unit} that can go",
                 hint="ask for fewer, or select more sites"
                 if units
-                else "no sum adds so many branches with weights of their own to one stream",
+                else "no sum adds so many branches with weights to one stream",
             )
         return self.count
 
@@ -136,6 +136,7 @@ class DropLayers(Method):
     ) -> dict[str, float]:
         """Worth of every unit by its label."""
         if self.importance in ("l1", "l2"):
+            _tell_apart(units)
             power = 1 if self.importance == "l1" else 2
             worth = [branch_importance.weight_norm(program, unit, power) for unit in units]
         elif self.importance == "influence":
@@ -173,6 +174,21 @@ def _units(program: Program, chosen: Collection[str], size: int) -> list[list[Br
         held = [branch for layer in chain for branch in layer.branches if branch.name in chosen]
         units += [held[at : at + size] for at in range(0, len(held) // size * size, size)]
     return units
+
+
+def _tell_apart(units: Sequence[Sequence[Branch]]) -> None:
+    """Refuse norms of weights that several units share."""
+    seen: dict[frozenset[str], str] = {}
+    for unit in units:
+        weights = frozenset(name for branch in unit for name in branch.tensors)
+        if weights in seen:
+            raise RecipeError(
+                f"it shares all its weights with {seen[weights]}: no norm of them tells which of "
+                "the two matters less",
+                where=_label(unit),
+                hint="take importance: influence, taylor or loss",
+            )
+        seen[weights] = _label(unit)
 
 
 def _label(unit: Sequence[Branch]) -> str:

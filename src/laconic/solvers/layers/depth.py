@@ -223,9 +223,9 @@ def _layered(run: Sequence[tuple[Branch, fx.Node]]) -> Chain:
         shared = max(shared - 1, 0)
     chain: Chain = []
     for (branch, end), path in zip(run, paths, strict=True):
-        name = ".".join(path[: shared + 1])
+        name = ".".join(path[: shared + 1]) + "".join(branch.name.partition("~")[1:])
         held = (branch,)
-        if chain and chain[-1].name == name and "~" not in branch.name:
+        if chain and chain[-1].name == name:
             held = (*chain.pop().branches, branch)
         taken = any(layer.name == name for layer in chain)
         chain.append(DeepLayer(branch.name if taken else name, held, end))

@@ -20,13 +20,15 @@ class Branch:
     """One residual branch.
 
     Attributes:
-        name: the longest module path that all its weights share, else the sum's own.
+        name: the longest module path that all its weights share, else the sum's own; with ~2, ~3
+            behind it where a branch before has the same, as in layers that share their weights.
         total: the node that adds it to the stream.
         stream: the other operand of the sum, which is also what the branch is computed from.
         end: the branch's own operand of the sum.
         place: which operand of the sum the stream is, 0 or 1.
         inner: every operator between stream and sum.
-        tensors: names of the stored tensors that only this branch reads.
+        tensors: names of the stored tensors that only this branch reads, or, where there is none,
+            of those that it shares with others.
     """
 
     name: str
@@ -107,9 +109,10 @@ def _is_closed(inner: Sequence[fx.Node], total: fx.Node) -> bool:
 
 
 def _tensors(readers: Mapping[str, set[fx.Node]], inner: Sequence[fx.Node]) -> tuple[str, ...]:
-    """Names of stored tensors that only these operators read."""
+    """Names of stored tensors that only these operators read, else of all that they read."""
     held = set(inner)
-    return tuple(name for name, users in readers.items() if users and users <= held)
+    own = tuple(name for name, users in readers.items() if users and users <= held)
+    return own or tuple(name for name, users in readers.items() if users & held)
 
 
 def _readers(program: Program) -> dict[str, set[fx.Node]]:
