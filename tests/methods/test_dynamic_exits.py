@@ -1,5 +1,7 @@
 """Exits and cascades: what they give, what they promise, what they refuse."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -203,6 +205,66 @@ def test_what_has_no_confidence_is_refused(trained, task):
         for method in (EarlyExit(), Cascade()):
             with pytest.raises(RecipeError, match="no confidence to leave by"):
                 method.apply(program, Sites(), context_of(program, other))
+
+
+class Named(nn.Module):
+    """What a network gives, with what it saw."""
+
+    def __init__(self, network, seen=lambda x: x.square()):
+        super().__init__()
+        self.network, self.seen = network, seen
+
+    def forward(self, x):
+        logits = self.network(x)
+        return {"features": self.seen(logits), "logits": logits}
+
+
+def named_pair(**options):
+    torch.manual_seed(1)
+    x = points(40, 5)[0]
+    pair = [Named(Deep(1, 8), **options).eval(), Named(Deep(4), **options).eval()]
+    return *pair, *(capture(model, x[:2]) for model in pair), x
+
+
+def test_a_cascade_takes_all_outputs_of_a_sample_from_one_model(task):
+    small, large, *programs, x = named_pair()
+    with torch.no_grad():
+        first, second = small(x), large(x)
+        doubt = -first["logits"].log_softmax(-1).amax(-1)
+        limit = doubt.median().item()
+        context = context_of(programs[1], task)
+        made = Cascade(limit=limit).apply(programs[0], Sites(), context).program
+        found = made(x)
+    sure = (doubt <= limit)[:, None]
+    assert found.keys() == first.keys() and 0 < sure.sum() < len(x)
+    for name in found:
+        torch.testing.assert_close(found[name], torch.where(sure, first[name], second[name]))
+    pieces = chain.split(made)
+    assert len(pieces.pieces) > 1 and len(choices(made)) == 2
+    for ours, theirs in zip(pieces.run([x.numpy()]), found.values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(ours), theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_limit_of_several_outputs_is_that_of_the_scores_alone(task):
+    small, large, *programs, x = named_pair()
+    alone = [capture(model.network, x[:2]) for model in (small, large)]
+    many, one = (
+        Cascade(max_drop=50.0).apply(a, Sites(), context_of(b, task)) for a, b in (programs, alone)
+    )
+    assert many.resolved == one.resolved and many.figures["leaving"] == one.figures["leaving"]
+    assert many.figures["leaving"][0] > 0
+
+
+def test_several_outputs_are_refused_where_it_is_unclear(task):
+    _, _, small, large, _ = named_pair()
+    with pytest.raises(RecipeError, match="no value for the others"):
+        EarlyExit().apply(large, Sites(), context_of(large, task))
+    unclear = replace(task, logits=lambda outputs: outputs["logits"] * 2)
+    with pytest.raises(RecipeError, match="unclear which holds class scores"):
+        Cascade().apply(small, Sites(), context_of(large, unclear))
+    _, _, small, large, _ = named_pair(seen=lambda x: x.square().mean())
+    with pytest.raises(RecipeError, match="not all have the batch in front"):
+        Cascade().apply(small, Sites(), context_of(large, task))
 
 
 class Words(nn.Module):

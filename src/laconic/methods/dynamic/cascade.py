@@ -12,9 +12,10 @@ Papers: Viola & Jones (CVPR 2001) for cascades; Wang et al., "Wisdom of committe
 arXiv 2012.01988) for cascades of networks; Angelopoulos et al., "Learn then Test" (2110.01052).
 
 Helps: where a much smaller model is right about most inputs; nothing has to be trained, and the
-pieces may have any architecture. Does not: where the small model costs more than a third of the
-large one, since unsure inputs pay for both; memory holds both; embeddings and regressions, which
-have no confidence, are refused.
+pieces may have any architecture. Of several outputs the task's `logits` names the one that is
+judged; a sample has all of them from one model. Does not: where the small model costs more than a
+third of the large one, since unsure inputs pay for both; memory holds both; embeddings and
+regressions, which have no confidence, are refused.
 
 Cost: one pass of both models over the validation data.
 """
@@ -81,7 +82,7 @@ class Cascade(Method):
                 hint="leave sites out",
             )
         small, large = self._pair(program, context)
-        measure, _ = classes_of(small, context.task, self.measure)
+        measure, _, place = classes_of(small, context.task, self.measure)
         macs = [cost(model).macs for model in (small, large)]
         own = self.model_dump(mode="json", exclude_defaults=True)
         resolved = {**own, "measure": measure, "limit": self.limit}
@@ -93,7 +94,8 @@ class Cascade(Method):
         limit, notes = self.limit, list[str]()
         if limit is None:
             share = np.array([macs[0], sum(macs)]) / max(macs[1], 1)
-            answers = judged(made, [first, _output(made)], None, measure, share, context)
+            asked = [first, _outputs(made)]
+            answers = judged(made, asked, place, None, measure, share, context)
             solved = confidence.solve(
                 answers, context.task, self.max_drop, self.confidence, context.generator()
             )
@@ -104,9 +106,9 @@ class Cascade(Method):
         if limit < 0:
             return self._nothing(program, resolved, notes, figures)
         nodes = {node.name: node for node in made.graph.nodes}
-        last = nodes[_output(made)]
-        value = confidence.add_choice(made, nodes[first], last, measure, limit, "cascade.limit")
-        made.output_node.args = ((value,),)
+        early, late = ([nodes[name] for name in names] for names in (first, _outputs(made)))
+        values = confidence.add_choice(made, early, late, measure, limit, "cascade.limit", place)
+        made.output_node.args = (tuple(values),)
         made.recompile()
         made.propagate()
         return Outcome(program=made, resolved=resolved, notes=notes, figures=figures)
@@ -130,19 +132,30 @@ class Cascade(Method):
                     where="cascade",
                     hint="both have to answer the same question about the same inputs",
                 )
+        flat: Any = held[0].output_node.args[0]
+        same = held[0].signature.output == held[1].signature.output
+        apart = all(n.meta["shape"][:1] == (held[0].batch_size(),) for n in flat)
+        if len(flat) > 1 and not (same and apart):
+            raise RecipeError(
+                "of several outputs "
+                + ("not all have the batch in front" if same else "the two models' order differs"),
+                where="cascade",
+                hint="every sample takes all its outputs from one of two models that name them "
+                "alike; capture models that give class scores alone",
+            )
         return held[0], held[1]
 
-    def _joined(self, small: Program, large: Program) -> tuple[Program, str]:
-        """A program that computes both and gives the large one's answer; the small one's node."""
+    def _joined(self, small: Program, large: Program) -> tuple[Program, list[str]]:
+        """A program that computes both and gives the large one's answer; the small one's nodes."""
         base, other = (small, large) if self.small is None else (large, small)
         made = base.clone()
         prefix = "large." if self.small is None else "small."
         same = dict(zip(other.placeholders, made.placeholders, strict=True))
-        (answer,) = graft(made, other, same, prefix)
-        first = answer.name
+        answer = graft(made, other, same, prefix)
+        first = [node.name for node in answer]
         if self.small is None:
-            first = _output(made)
-            made.output_node.args = ((answer,),)
+            first = _outputs(made)
+            made.output_node.args = (tuple(answer),)
         made.recompile()
         made.propagate()
         return made, first
@@ -157,9 +170,9 @@ class Cascade(Method):
         return Outcome(program=program.clone(), resolved=resolved, notes=notes, figures=figures)
 
 
-def _output(program: Program) -> str:
+def _outputs(program: Program) -> list[str]:
     flat: Any = program.output_node.args[0]
-    return flat[0].name
+    return [node.name for node in flat]
 
 
 def _shapes(program: Program, end: str) -> list[str]:

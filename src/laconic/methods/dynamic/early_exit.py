@@ -17,10 +17,11 @@ the teacher; Angelopoulos et al., "Learn then Test" (2110.01052) for the promise
 
 Helps: deep classifiers whose inputs differ in difficulty; most at batch 1. Does not: shallow
 networks, where a piece costs little more than a call; embeddings and regressions, which have no
-confidence (refused); few validation samples, on which nothing can be promised (some thousands for
-a third of a point). With the network frozen nothing is lost where nobody leaves, and training
-takes minutes; early features of a network that was not trained for it are poor, though: tails make
-something of them, new heads need the network trained along (`backbone: trained`).
+confidence, and outputs besides class scores, which no head gives (refused); few validation samples,
+on which nothing can be promised (some thousands for a third of a point). With the network frozen
+nothing is lost where nobody leaves, and training takes minutes; early features of a network that
+was not trained for it are poor, though: tails make something of them, new heads need the network
+trained along (`backbone: trained`).
 
 Cost: training steps; frozen, a run of the network forward and a step of the heads for each sample.
 One pass over the validation data. Each head adds its share of multiply-adds to what goes past it.
@@ -107,7 +108,8 @@ class EarlyExit(Plan, Method):
             DataError: no training or validation data, or data that do not fit.
             TrainingError: the loss diverged at once.
         """
-        measure, classes = classes_of(program, context.task, self.measure)
+        measure, classes, _ = classes_of(program, context.task, self.measure)
+        _need_one_output(program)
         work = (thaw(program) if is_frozen(program) else program).clone()
         work.propagate()
         found = self._places(work, sites)
@@ -201,7 +203,7 @@ class EarlyExit(Plan, Method):
         passed.append(exits.macs_until(made, [*nodes, last]))
         same = self.backbone == "frozen"
         return judged(
-            made, [*nodes, last], None if same else program, measure,
+            made, [[name] for name in (*nodes, last)], 0, None if same else program, measure,
             np.array(passed) / max(before, 1), context,
         )  # fmt: skip
 
@@ -214,12 +216,26 @@ class EarlyExit(Plan, Method):
         for place, (name, limit) in reversed(list(enumerate(zip(nodes, limits, strict=True)))):
             if limit > NEVER and limit >= 0:
                 label = f"exits.{place}.limit"
-                value = confidence.add_choice(made, by_name[name], value, measure, limit, label)
+                (value,) = confidence.add_choice(
+                    made, [by_name[name]], [value], measure, limit, label
+                )
         made.output_node.args = ((value,),)
         made.graph.eliminate_dead_code()
         made.drop_unused()
         made.recompile()
         made.propagate()
+
+
+def _need_one_output(program: Program) -> None:
+    """Refuse outputs besides class scores: a head has none of them to give."""
+    flat: Any = program.output_node.args[0]
+    if len(flat) > 1:
+        raise RecipeError(
+            f"the model gives {len(flat)} outputs: a sample that leaves early has class scores and "
+            "no value for the others",
+            where="outputs",
+            hint="capture a model that gives its class scores alone",
+        )
 
 
 def _output(program: Program) -> Any:

@@ -1,10 +1,12 @@
 """Whether outputs have a confidence, and what several answers come to on held-out samples."""
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from laconic.core.errors import DataError, RecipeError
 from laconic.core.task import Task, to_device
@@ -15,25 +17,28 @@ from laconic.solvers.setting import Setting
 from laconic.statistics.batches import check_inputs, flat_inputs
 
 
-def classes_of(program: Program, task: Task, measure: Measure | None) -> tuple[Measure, int]:
-    """The measure of doubt, and how many classes there are.
+def classes_of(program: Program, task: Task, measure: Measure | None) -> tuple[Measure, int, int]:
+    """The measure of doubt, how many classes there are, and which output holds their scores.
+
+    Of several outputs that is the one which `task.logits` picks.
 
     Raises:
-        RecipeError: outputs that have no confidence.
+        RecipeError: outputs that have no confidence, or of which `task.logits` picks none.
     """
     flat: Any = program.output_node.args[0]
     if "shape" not in flat[0].meta:
         program = program.clone()
         program.propagate()
         flat = program.output_node.args[0]
-    shape, dtype = flat[0].meta["shape"], flat[0].meta["dtype"]
-    scores = len(shape) == 2 and shape[1] > 1 and dtype is not None and dtype.is_floating_point
-    if len(flat) != 1 or not scores:
-        found = f"{len(flat)} outputs" if len(flat) != 1 else f"{dtype} {list(shape)}"
+    place = _picked(program, task) if len(flat) > 1 else 0
+    shape, dtype = flat[place].meta["shape"], flat[place].meta["dtype"]
+    if len(shape) != 2 or shape[1] < 2 or dtype is None or not dtype.is_floating_point:
+        of = f"as output {place} of {len(flat)}, the one judged, " if len(flat) > 1 else ""
         raise RecipeError(
-            f"the model gives {found}, which has no confidence to leave by",
+            f"the model gives {of}{dtype} {list(shape)}, which has no confidence to leave by",
             where="outputs",
-            hint="it takes one output of class scores, float [batch, classes]",
+            hint="it takes class scores, float [batch, classes]; of several outputs the task's "
+            "`logits` names them",
         )
     if measure is None and not task.binary:
         raise RecipeError(
@@ -42,7 +47,23 @@ def classes_of(program: Program, task: Task, measure: Measure | None) -> tuple[M
             where="outputs",
             hint='where they are class scores all the same, give measure: "max"',
         )
-    return measure or "max", int(shape[1])
+    return measure or "max", int(shape[1]), place
+
+
+def _picked(program: Program, task: Task) -> int:
+    """Which of several outputs `task.logits` gives."""
+    flat: Any = program.output_node.args[0]
+    values = tuple(torch.zeros(node.meta["shape"], dtype=node.meta["dtype"]) for node in flat)
+    found = task.logits(program.signature.arrange(values))
+    for place, value in enumerate(values):
+        if value is found:
+            return place
+    raise RecipeError(
+        f"the model gives {len(flat)} outputs, and the task's `logits` is none of them as it is: "
+        "it is unclear which holds class scores",
+        where="outputs",
+        hint="give the Task a `logits` function that picks one",
+    )
 
 
 def check_held_out(task: Task) -> None:
@@ -64,7 +85,8 @@ def _without_targets(number: int) -> DataError:
 @torch.no_grad()
 def judged(
     program: Program,
-    nodes: Sequence[str],
+    nodes: Sequence[Sequence[str]],
+    place: int,
     reference: Program | None,
     measure: Measure,
     costs: Floats,
@@ -74,7 +96,8 @@ def judged(
 
     Args:
         program: in eval mode; its graph is not changed.
-        nodes: of class scores, in the order in which they are asked.
+        nodes: all outputs of each answer, in the order in which they are asked.
+        place: which of them holds class scores.
         reference: whose accuracy is promised; None if it is that of the last node.
         measure: of doubt.
         costs: of staying at each node.
@@ -83,7 +106,7 @@ def judged(
     Raises:
         DataError: no validation data, without targets, or data that do not fit.
     """
-    asked = _asking(program, nodes).to(context.device)
+    asked = _asking(program, [name for answer in nodes for name in answer]).to(context.device)
     before = None if reference is None else reference.clone().to(context.device)
     task, loader = context.task, context.task.batches("validation")
     parts: list[tuple[Floats, Floats, Floats]] = []
@@ -95,12 +118,13 @@ def judged(
         targets = to_device(targets, context.device)
         if targets is None:
             raise _without_targets(number)
-        logits = asked.run_flat(*moved)
-        held = [_scores(program, task, each, targets) for each in logits]
+        values = iter(asked.run_flat(*moved))
+        given = [tuple(islice(values, len(answer))) for answer in nodes]
+        held = [_scores(program, task, each, targets) for each in given]
         wanted = held[-1]
         if before is not None:
-            wanted = _scores(program, task, before.run_flat(*moved)[0], targets)
-        doubt = [doubts(each, measure).double().cpu().numpy() for each in logits[:-1]]
+            wanted = _scores(program, task, before.run_flat(*moved), targets)
+        doubt = [doubts(each[place], measure).double().cpu().numpy() for each in given[:-1]]
         parts.append((np.stack(doubt, 1), np.stack(held, 1), wanted))
     doubt, scores, wanted = (np.concatenate(part) for part in zip(*parts, strict=True))
     return Answers(doubt, scores, wanted, costs)
@@ -115,8 +139,8 @@ def _asking(program: Program, nodes: Sequence[str]) -> Program:
     return copy
 
 
-def _scores(program: Program, task: Task, logits: torch.Tensor, targets: Any) -> Floats:
-    return task.metric(program.signature.arrange((logits,)), targets).double().cpu().numpy()
+def _scores(program: Program, task: Task, outputs: Sequence[Tensor], targets: Any) -> Floats:
+    return task.metric(program.signature.arrange(outputs), targets).double().cpu().numpy()
 
 
 def figures_of(solved: Limits, task: Task, max_drop: float) -> dict[str, Any]:

@@ -63,18 +63,34 @@ def add_doubt(program: Program, logits: fx.Node, measure: Measure) -> fx.Node:
 
 
 def add_choice(
-    program: Program, early: fx.Node, later: fx.Node, measure: Measure, limit: float, name: str
-) -> fx.Node:
-    """`early` where its doubt is at most a limit, which is stored as `name`, else `later`.
+    program: Program,
+    early: Sequence[fx.Node],
+    later: Sequence[fx.Node],
+    measure: Measure,
+    limit: float,
+    name: str,
+    place: int = 0,
+) -> list[fx.Node]:
+    """Outputs `early` where the doubt of one of them is at most a limit, else those of `later`.
 
     The program is changed; recompile and propagate it afterwards.
+
+    Args:
+        program: of which both are nodes.
+        early: `[batch, ...]` each.
+        later: of the same shapes.
+        measure: of doubt.
+        limit: stored as a tensor.
+        name: of that.
+        place: which of them holds class scores.
     """
-    doubt = add_doubt(program, early, measure)
+    doubt = add_doubt(program, early[place], measure)
     stored = program.add_tensor(name, torch.tensor(limit, dtype=torch.float32))
     with program.graph.inserting_before(program.output_node):
         held = program.graph.get_attr(stored)
         unsure = program.graph.call_function(_aten.gt.Tensor, (doubt, held))
-        return program.graph.call_function(CHOOSE, (unsure, later, early))
+        pairs = zip(later, early, strict=True)
+        return [program.graph.call_function(CHOOSE, (unsure, *pair)) for pair in pairs]
 
 
 def doubts(logits: Tensor, measure: Measure) -> Tensor:
