@@ -45,7 +45,7 @@ TUNE: dict[str, Any] = {"steps": 500, "batch": 128, "head": 0.05, "precision": "
 RATES = {"grey": 0.02, "fashion": 0.008, "mnist": 0.008}  # gentle: each layer moves by 5 % or more
 SHARE: dict[str, Any] = {
     "method": "share.models", "bits": 8, "size": 1.29, "weighted": "fisher", "samples": 256,
-    "steps": 400, "lr": 0.015, "optimizer": "sgd", "weight_decay": 0.0,
+    "steps": 1000, "lr": 0.015, "optimizer": "sgd", "weight_decay": 0.0,
 }  # fmt: skip
 LUMA = (0.299, 0.587, 0.114)
 

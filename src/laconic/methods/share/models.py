@@ -57,7 +57,7 @@ from laconic.training.teacher import Original
 
 _ROUNDS = 8
 _FINEST, _COARSEST = 1e-3, 2.0
-_GROWTH = 0.02  # what training may add to a file, in parts of it: differences that are there move
+_GROWTH = 0.01  # what training may add to a file, in parts of it: differences that are there move
 _NORMS = (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default)
 _LENGTHS = ("steps", "epochs", "minutes")
 
