@@ -190,8 +190,10 @@ def test_ctrl_c_keeps_the_state_and_resume_goes_on(laconic, task_file, tmp_path)
         "--step", "quantize.static", "--minimize", "size", "--out", str(out),
     ]  # fmt: skip
     running = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1
-    )
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1,
+        # a suite that was started in the background would hand its ignored SIGINT on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert running.stdout is not None
     heard: list[str] = []
     for line in running.stdout:
