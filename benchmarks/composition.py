@@ -1,14 +1,16 @@
 """Any method after any other, over all of the zoo: which ordered pairs keep the identities.
 
-    python -m benchmarks.composition [--quick] [--only plain_cnn]
+    python -m benchmarks.composition [--quick] [--only plain_cnn] [--methods "*"]
 
-One row a model: every method with its quick options on the model, then every method on what each of
-them made, and the checks of `laconic.testing.contracts` on it (input untouched, output ready, exact
+Methods are those that make a network smaller by removing, merging and sharing, and int8; another
+pattern, given once or more, takes others. One row a model: every method with its quick options on
+the model, then every method on what each of them made, and the checks of `laconic.testing.contracts` on it (input untouched, output ready, exact
 replay, storage, training goes on). A pair of which a method refuses the model by itself, in words,
 is not a pair there. `pairs`: how many were run; `passed`; `failed`: the others with the reason.
 """
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from laconic.methods.base import method_names
 from laconic.testing import contracts, zoo
 
 QUICK_MODELS = ("no_bias",)
+METHODS = ("prune.*", "simplify.*", "share.*", "factorize.*", "quantize.static")
 QUICK_METHODS = ("prune.magnitude", "quantize.static", "simplify.fold")
 _LONGEST = 300
 
@@ -64,10 +67,12 @@ def _told(error: Exception) -> str:
 
 def main(argv: list[str] | None = None) -> Row:
     bench = Bench("composition", __doc__ or "")
+    bench.parser.add_argument("--methods", action="append", metavar="PATTERN")
     args = bench.parse(argv)
     torch.set_num_threads(1)
     names = QUICK_MODELS if args.quick else tuple(zoo.names())
-    methods = list(QUICK_METHODS) if args.quick else method_names()
+    patterns = QUICK_METHODS if args.quick else args.methods or METHODS
+    methods = [m for m in method_names() if any(fnmatchcase(m, p) for p in patterns)]
     rows: dict[str, dict[str, Any]] = {
         name: bench.row(name, lambda name=name: row(name, methods), methods=methods)
         for name in names
