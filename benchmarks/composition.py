@@ -2,11 +2,12 @@
 
     python -m benchmarks.composition [--quick] [--only plain_cnn] [--methods "*"]
 
-Methods are those that make a network smaller by removing, merging and sharing, and int8; another
-pattern, given once or more, takes others. One row a model: every method with its quick options on
-the model, then every method on what each of them made, and the checks of `laconic.testing.contracts` on it (input untouched, output ready, exact
-replay, storage, training goes on). A pair of which a method refuses the model by itself, in words,
-is not a pair there. `pairs`: how many were run; `passed`; `failed`: the others with the reason.
+Methods are those that make a network smaller by removing, merging and sharing, and int8; patterns
+take others. One row a model: every method with its quick options on the model, then every method on
+what each of them made, and the checks of `laconic.testing.contracts` on it (input untouched, output
+ready, exact replay, storage, training goes on). A pair of which a method refuses the model by
+itself, in words, is not a pair there. `pairs`: how many were run; `passed`; `failed`: the others
+with the reason.
 """
 
 from collections.abc import Sequence
