@@ -3,7 +3,8 @@
 `frozen` trains exits in front of a network that stays as it is, `trained` trains it along with
 them, `early` the same with wider heads nearer to the input, `wide` has such heads in front of a
 network that stays as it is, `tail` one head there that is the rest of the network with fewer of its
-layers, `cascade` asks a ResNet-20 first (not with `--quick`, where a ResNet-20 is all there is).
+layers, `tail_labels` the same learned from labels alone (steps cost half), `cascade` asks a
+ResNet-20 first (not with `--quick`, where a ResNet-20 is all there is).
 Each sets its limits on validation rows, with the promise that at most `--drop` points are lost at
 95 % confidence. `test` and `latency`: of the exits that are cheapest by validation, `cascade_test`
 and `cascade_latency` of the cascade: accuracy of the deployed chain and of the original on test
@@ -52,6 +53,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "tail": {"method": "dynamic.early_exit", "at": ["layer1.2"], "head": "tail", "size": 0.21},
     "cascade": {"method": "dynamic.cascade"},
 }
+ROWS["tail_labels"] = ROWS["tail"] | {"alpha": 0.0}
 QUICK = ("frozen", "early")
 FIGURES = ("limits", "leaving", "expected_cost", "drop", "bound", "tested_on", "places")
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import laconic
-from laconic.core.errors import DataError, RecipeError
+from laconic.core.errors import DataError, RecipeError, TrainingError
 from laconic.core.task import classification, embedding, regression
 from laconic.methods.base import Context
 from laconic.methods.dynamic.cascade import Cascade
@@ -184,6 +184,27 @@ def test_the_network_is_trained_along_if_asked(trained, task):
         program, Sites(), context_of(program, task)
     )
     assert torch.equal(frozen.program.tensor("stem.weight"), program.tensor("stem.weight"))
+
+
+def test_labels_alone_need_nothing_that_lies_behind_the_exits(trained, task):
+    program = trained["deep"].clone()
+    name = [name for name, _ in program.tensors()][-1]
+    program.set_tensor(name, torch.full_like(program.tensor(name), torch.nan))
+    options = {"steps": 3, "exits": 1, "limits": 99.0}  # everybody leaves
+    x, _ = points(100, 5)
+    made = EarlyExit(alpha=0, **options).apply(program, Sites(), context_of(program, task))
+    with torch.no_grad():
+        assert made.program(x).isfinite().all()
+    with pytest.raises(TrainingError):
+        EarlyExit(**options).apply(program, Sites(), context_of(program, task))
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "trained"])
+def test_without_labels_and_teacher_there_is_nothing_to_learn(trained, backbone):
+    task = classification(train=[(x, None) for x, _ in loader(500, 1)])
+    method = EarlyExit(steps=1, alpha=0, backbone=backbone, limits=0.1, measure="max")
+    with pytest.raises(DataError, match="alpha above 0"):
+        method.apply(trained["deep"], Sites(), context_of(trained["deep"], task))
 
 
 def test_places_are_the_ends_of_blocks_and_spread_over_the_work(trained):

@@ -74,7 +74,8 @@ class EarlyExit(Plan, Method):
             layers of a tail, follow. None is 0.03, for a tail 0.2.
         backbone: "frozen" trains the heads only; "trained" the network along with them.
         temperature: of the softened answers that the heads learn from.
-        alpha: weight of the teacher's answers; the rest goes to labels, where there are any.
+        alpha: weight of the teacher's answers; the rest goes to labels, where there are any. At 0 a
+            frozen network runs no further than to the last head: twice the steps in the same time.
         measure: of doubt: "max", "entropy" or "margin"; None takes "max" where the task scores
             right and wrong, and refuses other tasks.
         max_drop: what may be lost against the program before, in the task's unit.

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from laconic.core.errors import DataError
 from laconic.core.task import Task, to_device
 from laconic.program.program import Program
-from laconic.solvers.dynamic.exits import Heads
+from laconic.solvers.dynamic.exits import Heads, up_to
 from laconic.solvers.teaching.learning import Course
 from laconic.statistics.batches import check_inputs, count, flat_inputs
 from laconic.training import losses
@@ -34,7 +34,8 @@ class Lessons:
     Attributes:
         task: splits batches; its loss takes the labels.
         program: the network; says how its inputs nest.
-        teacher: its output, and the values at the exits if those are all that the heads see.
+        teacher: its output, unless `alpha` is 0; then the values at the exits if those are all that
+            the heads see.
         device: where this happens.
         inside: whether the student takes the values at the exits; otherwise the network's inputs.
         temperature: that softens.
@@ -61,19 +62,20 @@ class Lessons:
         check_inputs(self.program, flat, where)
         samples = count(self.program, flat)
         flat = laid_out(flat, self.device, wants_channels_last(self.program))
-        deepest, *values = self.teacher(flat, number)
+        values = self.teacher(flat, number)
+        deepest = values.pop(0) if self.alpha else None
         targets = to_device(targets, self.device)
-        if targets is None and self.alpha == 0:
+        if targets is None and deepest is None:
             raise DataError("has no targets", where=where, hint="take an alpha above 0")
         total = torch.zeros((), device=self.device)
         answers = in_float32(forward(*(values if self.inside else flat)))
         for answer in answers:
-            soft = losses.soft_targets(answer, deepest, self.temperature)
-            if targets is None:
-                total = total + soft
-                continue
-            nested = self.program.signature.arrange((answer,))
-            total = total + self.alpha * soft + (1 - self.alpha) * self.task.loss(nested, targets)
+            if deepest is not None:
+                soft = losses.soft_targets(answer, deepest, self.temperature)
+                total = total + (soft if targets is None else self.alpha * soft)
+            if targets is not None:
+                nested = self.program.signature.arrange((answer,))
+                total = total + (1 - self.alpha) * self.task.loss(nested, targets)
         return Loss(total / len(answers), samples)
 
 
@@ -85,9 +87,15 @@ def train_heads(
     temperature: float,
     alpha: float,
 ) -> Trained:
-    """Train heads in place; the network in front of them stays as it is and only runs forward."""
+    """Train heads in place; the network in front of them stays as it is and only runs forward.
+
+    With labels alone it runs no further than to the last head, and does not copy what lies behind.
+    """
     plan = _settled(plan, heads.program, course, fresh=True)
-    teacher = Original(program, heads.sources, course.device, plan.precision)
+    if alpha:
+        teacher = Original(program, heads.sources, course.device, plan.precision)
+    else:
+        teacher = Original(up_to(program, heads.sources), (), course.device, plan.precision)
     lessons = Lessons(
         task=course.task, program=program, teacher=teacher, device=course.device, inside=True,
         temperature=temperature, alpha=alpha,
@@ -106,7 +114,7 @@ def train_along(
 ) -> Trained:
     """Train a network and the exits in it together, in place; `program` is what it was before."""
     plan = _settled(plan, student, course, fresh=False)
-    teacher = Original(program, (), course.device, plan.precision)
+    teacher = Original(program, (), course.device, plan.precision) if alpha else _silent
     lessons = Lessons(
         task=course.task, program=program, teacher=teacher, device=course.device, inside=False,
         temperature=temperature, alpha=alpha,
@@ -114,6 +122,12 @@ def train_along(
     with ExitStack() as stack:
         stack.enter_context(tapped(student, exits))
         return _train(plan, student, lessons, course, [program])
+
+
+def _silent(flat: Sequence[Tensor], number: int) -> list[Tensor]:
+    """A teacher who is not asked."""
+    del flat, number
+    return []
 
 
 def _settled(plan: Plan, program: Program, course: Course, *, fresh: bool) -> Plan:

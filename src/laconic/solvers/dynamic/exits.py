@@ -18,6 +18,7 @@ from laconic.core.suggest import nearest
 from laconic.program.capture import capture
 from laconic.program.cost import cost
 from laconic.program.program import Program
+from laconic.program.surgery import remove_dead
 from laconic.solvers.dynamic.token_layers import mask_input
 from laconic.solvers.layers.grafting import between, graft
 
@@ -290,6 +291,15 @@ def heads(found: Sequence[Place], outputs: int, depth: int, budget: float, seed:
         values += tuple(torch.ones(place.shape[:2]) for place in found if place.mask)[:1]
     made = capture(module.eval(), (values,))
     return Heads(made, tuple([place.node for place in found] + masks))
+
+
+def up_to(program: Program, names: Sequence[str]) -> Program:
+    """A copy that gives the values of these nodes and computes nothing that they do not need."""
+    made = program.clone()
+    by_name = {node.name: node for node in made.graph.nodes}
+    made.output_node.args = (tuple(by_name[name] for name in names),)
+    remove_dead(made)
+    return made
 
 
 def attach(program: Program, made: Heads) -> list[str]:
