@@ -88,7 +88,7 @@ def budget_rows(job: Channels) -> dict[str, Row]:
         options = {
             "sites": PRUNE["sites"],
             "block": BLOCK,
-            "samples": 64 if job.quick else CALIBRATION,
+            "samples": 64 if job.quick else MORE,
         }
         told: Row = {}
 
