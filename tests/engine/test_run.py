@@ -6,10 +6,10 @@ import torch
 
 from laconic.core.errors import RecipeError, SurgeryError
 from laconic.core.progress import Progress
-from laconic.core.recipe import Recipe
+from laconic.core.recipe import Recipe, Step
 from laconic.engine.run import Bench, run
 from laconic.engine.store import Store, fingerprint
-from laconic.methods.base import Context
+from laconic.methods.base import Context, method_of
 
 from .conftest import FAKES, Halve, Scale  # isort: skip
 
@@ -175,6 +175,21 @@ def test_an_error_names_the_step_and_keeps_what_was_finished(
     with pytest.raises(SurgeryError, match=r"x: no such group\s+in step 2 \(halve\)"):
         run(program, RECIPE, bench(task, program, tmp_path))
     assert len(list(tmp_path.glob("*.laconic"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ratio": 1.5}, "step 1 (prune.channels): ratio 1.5 is not from 0 to below 1"),
+        ({"block": "atuo"}, "block = 'atuo': Input should be 'auto', or: Input should be a valid"),
+        ({"samples": 0}, "samples = 0: Input should be greater than or equal to 1"),
+        ({"ratoi": 0.5}, "no option 'ratoi' (did you mean 'ratio'?)"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_named_with_what_it_may_be(options, words):
+    with pytest.raises(RecipeError) as caught:
+        method_of(Step(method="prune.channels", options=options), "step 1")
+    assert words in str(caught.value) and "Value error" not in str(caught.value)
 
 
 def test_options_are_checked_before_anything_runs(program, task):

@@ -271,6 +271,21 @@ def test_an_impossible_ratio_says_how_far_it_can_go():
     assert caught.value.where
 
 
+def test_a_share_of_every_layer_says_how_far_each_can_go():
+    _, outcome = run("resnet", ratio=0.85, scope="layer", weighting="none", repair="none")
+    assert any("macs can fall by" in note and "left whole" in note for note in outcome.notes)
+    with pytest.raises(
+        BudgetError, match=r"at most, and of no other one further.*99\.9%"
+    ) as caught:
+        run("resnet", ratio=0.999, scope="layer", weighting="none")
+    assert caught.value.where
+
+
+def test_energy_that_no_cheaper_rank_keeps_is_noted():
+    _, outcome = run("plain_cnn", energy=1.0, weighting="none", repair="none")
+    assert any("keep less of its energy" in note for note in outcome.notes)
+
+
 @pytest.mark.parametrize(
     ("ranks", "words"),
     [({"firs.weight": [2]}, "first.weight"), ({"first.weight": [2, 2]}, "expected 1")],

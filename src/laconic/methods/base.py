@@ -5,6 +5,7 @@ One method is one file below `methods/`; its name is its path (`prune/channels.p
 `prune.channels`), and its module docstring is its card.
 """
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -140,8 +141,17 @@ def method_of(step: Step, where: str) -> Method:
     try:
         return made(**step.options)
     except ValidationError as error:
-        first = error.errors()[0]
-        option = ".".join(map(str, first["loc"])) or "options"
         raise RecipeError(
-            f"{option} = {first['input']!r}: {first['msg']}", where=f"{where} ({step.method})"
+            _refused(error, step.options), where=f"{where} ({step.method})"
         ) from error
+
+
+def _refused(error: ValidationError, options: Mapping[str, Any]) -> str:
+    """Which option was refused and what it may be, in words."""
+    first, *others = error.errors()
+    if not first["loc"]:  # a check of several options says itself which
+        return first["msg"].removeprefix("Value error, ")
+    option = str(first["loc"][0])
+    same = [first, *(other for other in others if other["loc"][0] == option)]
+    said = dict.fromkeys(each["msg"] for each in same)  # one for each type that it may have
+    return f"{option} = {reprlib.repr(options[option])}: {', or: '.join(said)}"

@@ -157,8 +157,13 @@ class _Job:
         )
         self.options = {name: option for name, option in taken.items() if option.ranks}
         for name, known in found.items():
-            if name not in self.options and len(known) > 1 and method.scope != "global":
-                self.notes.append(f"{name}: what is asked of it is not cheaper, left whole")
+            if name in self.options or len(known) == 1:
+                continue
+            if method.energy is not None:
+                self.notes.append(f"{name}: lower ranks keep less of its energy, left whole")
+            elif method.scope == "layer":
+                part = ranks.furthest(known, method.of)
+                self.notes.append(f"{name}: {method.of} can fall by {part:.1%} at most, left whole")
 
     def _names(self) -> list[str]:
         """Weights that sites may name: those of layers, and those that are refused in words."""

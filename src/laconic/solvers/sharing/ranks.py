@@ -101,10 +101,13 @@ def take(
     if energy is not None:
         return {name: _within(found, 1 - energy, of) for name, found in layers.items()}
     if scope == "layer":
-        return {
+        made = {
             name: _below(found, (1 - ratio) * found[0].cost(of), of)
             for name, found in layers.items()
         }
+        if ratio and all(option is layers[name][0] for name, option in made.items()):
+            raise _too_much_of_each(layers, ratio, of)
+        return made
     held = list(layers.values())
     rest = total - sum(found[0].cost(of) for found in held)
     items = [[(option.cost(of), option.harm) for option in found] for found in held]
@@ -168,6 +171,21 @@ def _within(found: Sequence[Option], lost: float, of: Of) -> Option:
 def _below(found: Sequence[Option], cost: float, of: Of) -> Option:
     """The least harmful option at that cost or less; whole where there is none."""
     return min((o for o in found if o.cost(of) <= cost), key=lambda o: o.harm, default=found[0])
+
+
+def furthest(found: Sequence[Option], of: Of) -> float:
+    """Largest part of a layer's cost that can go."""
+    return 1 - min(option.cost(of) for option in found) / found[0].cost(of)
+
+
+def _too_much_of_each(layers: Mapping[str, Sequence[Option]], ratio: float, of: Of) -> BudgetError:
+    best = max(layers, key=lambda name: furthest(layers[name], of))
+    return BudgetError(
+        f"{of} of this layer can fall by {furthest(layers[best], of):.1%} at most, and of no other "
+        f"one further, but {ratio:.1%} of each was asked for",
+        where=best,
+        hint="ask for less, or select other sites",
+    )
 
 
 def _too_much(
