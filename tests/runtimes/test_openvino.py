@@ -50,6 +50,13 @@ def test_fixed_shapes_give_the_same_numbers_and_are_fixed(residual, tmp_path):
         runner.run([np.zeros((3, 3, 16, 16), np.float32)])
 
 
+def test_a_part_of_the_cores_is_not_always_the_same_part(residual, tmp_path, monkeypatch):
+    path = OV.write(residual, tmp_path / "m.xml")
+    monkeypatch.setattr("laconic.runtimes.openvino.cores", lambda: 4)
+    runner = OV.load(path, threads=1)  # pinned, two processes would share the first core
+    assert not runner.compiled.get_property("ENABLE_CPU_PINNING")
+
+
 def test_int8_runs_integer_kernels_and_fuses_the_residual_addition(quantized, tmp_path):
     path = OV.write(quantized, tmp_path / "m.xml", "int8")
     runner = OV.load(path, "fp32", 1, fixed_shapes(quantized, 16))

@@ -118,6 +118,10 @@ class OpenVino(Runtime):
             "INFERENCE_NUM_THREADS": threads or cores(),
             "INFERENCE_PRECISION_HINT": hint,
         }
+        if threads and threads < cores():
+            # it pins its threads to the first cores, in every process the same ones: two processes
+            # that ask for a part of the machine would share that part
+            settings["ENABLE_CPU_PINNING"] = False
         if precision != "int8":
             # products with integer weights would otherwise put their inputs on 8 bits in silence
             settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
