@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -195,7 +196,9 @@ def _export(
     arg_shapes, kwarg_shapes = pytree.tree_unflatten(shapes, spec)
     dynamic_shapes = _by_parameter(model, arg_shapes, kwarg_shapes)
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+        with warnings.catch_warnings():  # recurrent layers list their parameters a second time
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
+            return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot follow this model: {_first_line(error)}",

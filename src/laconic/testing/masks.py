@@ -280,6 +280,14 @@ def _glu(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
     return run.again(), one & other
 
 
+def _recurrent(run: Living, v: Arguments, m: Arguments) -> tuple[Any, Any]:
+    """Alive where the units are that the states come from; dead ones start at zero and stay."""
+    units = m["params"][1].any(0)
+    outputs, *states = run.again()
+    alive = units.repeat(1 + bool(v["bidirectional"])).expand(outputs.shape)
+    return [outputs, *states], [alive, *(units.expand(state.shape) for state in states)]
+
+
 def _made(run: Living, *_: Arguments) -> tuple[Any, Any]:
     value = run.again()
     return value, all_alive(value)
@@ -345,6 +353,10 @@ def _table() -> dict[str, Rule]:
         "batch_norm": _batch_norm,
         "instance_norm": _batch_norm,
         "glu": _glu,
+        "lstm": _recurrent,
+        "gru": _recurrent,
+        "rnn_tanh": _recurrent,
+        "rnn_relu": _recurrent,
         "prelu": _first,
         "laconic.fake_quantize": _first,
         "laconic.dequantize": _first,

@@ -103,13 +103,15 @@ class QuantizeBinary(GridTraining, Method):
     def _select(self, work: "_Work", sites: Sites) -> None:
         every, notes = weight_sites(work.program)
         names = choose_sites(work.program, sites, [site.name for site in every])
-        layers = [site.name for site in every if not site.lookup]
+        layers = [site.name for site in every if not site.weight_only]
         ends = {layers[0], layers[-1]} if layers and self.first_last is not None else set[str]()
         chosen = [site for site in every if site.name in names]
         work.notes += notes
-        work.notes += [f"{s.name}: stays float, it is looked up" for s in chosen if s.lookup]
+        work.notes += [
+            f"{s.name}: stays float, it is looked up or recurrent" for s in chosen if s.weight_only
+        ]
         work.ends = [site for site in chosen if site.name in ends]
-        work.sites = [s for s in chosen if s.name not in ends and not s.lookup]
+        work.sites = [s for s in chosen if s.name not in ends and not s.weight_only]
         if not work.sites:
             work.notes.append("no weight is left for one bit beside the first and the last")
 

@@ -149,7 +149,7 @@ class QuantizeTrain(GridTraining, Method):
         names = choose_sites(work.program, sites, [*(site.name for site in every), *on_grid])
         work.notes += notes
         work.sites = [site for site in every if site.name in names]
-        layers = [site.name for site in every if not site.lookup]
+        layers = [site.name for site in every if not site.weight_only]
         work.ends = {layers[0], layers[-1]} if layers and not on_grid else set()
         if any(name in names for name in on_grid):
             kept = [node for node in held if _stored(node) is None or _stored(node) in names]

@@ -8,7 +8,7 @@ from laconic.forms import affine
 from laconic.program.normalize import base_name
 from laconic.program.program import DEQUANTIZE, FAKE_LEVELS, FAKE_QUANTIZE, LEVELS, Program
 from laconic.solvers.quantization.placement import MOVES
-from laconic.solvers.quantization.weight_sites import MATRIX
+from laconic.solvers.quantization.weight_sites import MATRIX, RECURRENT
 
 _BLOCKS = (16, 32, 64, 128, 256)
 _NAMED = 3
@@ -27,7 +27,7 @@ def without_kernel(program: Program, runtime: str) -> list[str]:
         grid = node.target in (FAKE_QUANTIZE, DEQUANTIZE, FAKE_LEVELS, LEVELS)
         if not grid or not isinstance(source, fx.Node) or source.op != "get_attr":
             continue
-        users = [user for user in node.users if base_name(user) in MATRIX]
+        users = [user for user in node.users if base_name(user) in (*MATRIX, *RECURRENT)]
         if users and not all(_has_kernel(program, node, user, runtime) for user in users):
             found.append(str(source.target))
     if not found:
@@ -40,6 +40,8 @@ def without_kernel(program: Program, runtime: str) -> list[str]:
 
 
 def _has_kernel(program: Program, node: fx.Node, user: fx.Node, runtime: str) -> bool:
+    if base_name(user) in RECURRENT:
+        return False
     activation: Any = user.args[MATRIX[base_name(user)][0]]
     while base_name(activation) in MOVES:
         activation = activation.args[0]

@@ -117,7 +117,7 @@ def _matrix_ports(sites: Sequence[WeightSite]) -> list[Port]:
     found: list[Port] = []
     for site in sites:
         for node in site.operators:
-            if base_name(node) != "embedding":
+            if base_name(node) in MATRIX:
                 source = node.args[MATRIX[base_name(node)][0]]
                 if isinstance(source, fx.Node):
                     found.append(Port(node, source, "matrix", site.name))

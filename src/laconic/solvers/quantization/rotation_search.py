@@ -66,7 +66,7 @@ class Probe:
         self._places = members(self.turns.values())
         made = program.clone()
         every, _ = weight_sites(made)
-        layers = [site for site in every if not site.lookup]
+        layers = [site for site in every if not site.weight_only]
         self._ends = {layers[0].name, layers[-1].name} if layers else set[str]()
         self._sites = [site for site in layers if site.name in self._places]
         if grids.activation_bits is not None:

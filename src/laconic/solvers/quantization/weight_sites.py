@@ -26,6 +26,8 @@ MATRIX: dict[str, tuple[int, int, int]] = {
     "mm": (0, 1, -1),
     "matmul": (0, 1, -1),
 }
+_STAGES = 2  # argument of a recurrent operator: the weights and biases of its layers, in a list
+RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 _TURNS = {"t", "transpose", "permute"}
 
 
@@ -39,14 +41,20 @@ class WeightSite:
         operators: the operators that use it.
         axis: its output axis: one scale for each of its indices; None where its operators disagree
             (a matrix that is used transposed as well), so that it can have one scale only.
-        lookup: only embeddings use it, so there is no activation to quantise.
+        weight_only: only embeddings and recurrent layers use it: there is no activation to
+            quantise.
     """
 
     name: str
     holders: tuple[fx.Node, ...]
     operators: tuple[fx.Node, ...]
     axis: int | None
-    lookup: bool
+    weight_only: bool
+
+    @property
+    def is_table(self) -> bool:
+        """Whether only embeddings use it: its rows are picked, not multiplied."""
+        return all(base_name(operator) == "embedding" for operator in self.operators)
 
 
 def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
@@ -71,9 +79,9 @@ def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
             notes.append(f"{name}: stays float, because other operators read it too")
             continue
         operators = tuple(dict.fromkeys(operator for operator, _ in known))
-        lookup = all(base_name(operator) == "embedding" for operator in operators)
+        weight_only = not any(base_name(operator) in MATRIX for operator in operators)
         axis = axes.pop() if len(axes) == 1 else None
-        found.append(WeightSite(name, tuple(holders), operators, axis, lookup))
+        found.append(WeightSite(name, tuple(holders), operators, axis, weight_only))
     return found, notes
 
 
@@ -124,6 +132,8 @@ def _turned_uses(node: fx.Node, order: Sequence[int]) -> list[tuple[fx.Node, int
             found.append((user, order[0]))
         elif name in MATRIX and _is_weight(user, node) and len(order) >= 2:
             found.append((user, order[_out_axis(user)]))
+        elif name in RECURRENT and _is_stage(user, node) and len(order) == 2:
+            found.append((user, order[0]))
         else:
             found.append(None)
     return found
@@ -143,6 +153,11 @@ def _turn(node: fx.Node, order: Sequence[int]) -> Sequence[int]:
 def _is_weight(user: fx.Node, node: fx.Node) -> bool:
     activation, weight, _ = MATRIX[base_name(user)]
     return user.args[weight] is node and user.args[activation] is not node
+
+
+def _is_stage(user: fx.Node, node: fx.Node) -> bool:
+    stages: Any = user.args[_STAGES]
+    return isinstance(stages, (list, tuple)) and node in stages
 
 
 def _out_axis(node: fx.Node) -> int:

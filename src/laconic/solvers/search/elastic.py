@@ -86,7 +86,9 @@ class Elastic:
     @cached_property
     def weights(self) -> dict[str, int | None]:
         """Weights that may have fewer bits → their output axis."""
-        return {site.name: site.axis for site in weight_sites(self.program)[0] if not site.lookup}
+        return {
+            site.name: site.axis for site in weight_sites(self.program)[0] if not site.weight_only
+        }
 
     @cached_property
     def inputs(self) -> dict[str, int]:

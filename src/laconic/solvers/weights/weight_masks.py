@@ -127,9 +127,10 @@ class Pruning:
         found, refused = weight_sites(self.bare)
         self.notes += [f"{note.split(':')[0]}: not pruned, other operators read it too"
                        for note in refused]  # fmt: skip
-        tables = [site.name for site in found if site.lookup]
-        self.notes += [f"{name}: a look-up table, its rows are not multiplied" for name in tables]
-        self.names = choose_sites(program, sites, [site.name for site in found if not site.lookup])
+        self.notes += [f"{site.name}: a look-up table, its rows are not multiplied"
+                       for site in found if site.is_table]  # fmt: skip
+        weights = [site.name for site in found if not site.is_table]
+        self.names = choose_sites(program, sites, weights)
         if not self.names:
             self.notes.append("nothing to prune: no weight multiplies an activation")
 
