@@ -39,6 +39,21 @@ def test_without_compensation_it_is_the_masked_original_and_only_heads_go(model)
         assert torch.allclose(one, two, atol=1e-5 * max(1.0, float(two.abs().max())))
 
 
+def test_attention_whose_shapes_hold_batch_times_heads_is_compensated():
+    """There the cut computes new sizes, so that it has more nodes than the original."""
+    program = zoo.captured("native_attention")
+    task = own_outputs(program, batches=32)
+
+    def error(**options):
+        context = Context(task=task, original=program)
+        made = PruneHeads(ratio=0.5, samples=64, **options).apply(program, Sites(), context)
+        held = own_outputs(program, batches=8, seed=9)
+        with torch.no_grad():
+            return sum(float(-held.metric(made.program(**x), t).mean()) for x, t in held.train)
+
+    assert error() < error(compensate=False)
+
+
 @pytest.mark.parametrize("importance", ["l1", "obs", "taylor"])
 def test_the_head_that_does_nothing_goes_first_and_is_not_missed(importance):
     module, inputs = zoo.make("fused_view")

@@ -85,7 +85,7 @@ def compensate(
 
     Args:
         dense: the program before the cut, in eval mode.
-        small: what `surgery.cut(dense, ...)` gave, node for node the same graph.
+        small: what `surgery.cut(dense, ...)` gave: nodes of one name are each other's twins.
         changes: what it gave beside it: tensor → dimension → kept positions.
         batches: flat inputs, all under way at once in both programs.
         refit: fit weights behind the cut anew.
@@ -97,7 +97,7 @@ def compensate(
     """
     report, holds = Report(), holds or {}
     drifted = drift(dense, small, changes, holds)
-    twin = dict(zip(small.graph.nodes, dense.graph.nodes, strict=True))
+    twin = _twins(small, dense)
     places = _places(small, changes, drifted, consumers_only, report, holds, twin) if refit else []
     rewritten = {place.norm.node for place in places if place.norm is not None}
     loose = [
@@ -228,8 +228,9 @@ def drift(
     }
     found: set[fx.Node] = set()
     cut: set[fx.Node] = set()
-    for new, old in zip(small.graph.nodes, dense.graph.nodes, strict=True):
-        if new.meta.get("shape") != old.meta.get("shape"):
+    twin = _twins(small, dense)
+    for new in small.graph.nodes:
+        if new in twin and new.meta.get("shape") != twin[new].meta.get("shape"):
             cut.add(new)
         sources = new.all_input_nodes
         if new.op != "call_function":
@@ -238,6 +239,12 @@ def drift(
         if any(s in found for s in sources) or new in consumers or (hit and not _safe(new)):
             found.add(new)
     return found
+
+
+def _twins(small: Program, dense: Program) -> dict[fx.Node, fx.Node]:
+    """Node → the node of that name; a cut adds nodes that compute sizes, and these have none."""
+    named = {node.name: node for node in dense.graph.nodes}
+    return {node: named[node.name] for node in small.graph.nodes if node.name in named}
 
 
 def _safe(node: fx.Node) -> bool:
