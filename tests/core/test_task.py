@@ -1,4 +1,5 @@
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -53,10 +54,18 @@ def test_split_refuses_what_it_does_not_know():
         task.split_pair({"a": 1})
 
 
+@dataclass
+class Answer:
+    loss: torch.Tensor
+    logits: torch.Tensor | None
+
+
 def test_first_tensor_looks_for_logits_then_for_anything():
     tensor = torch.ones(1)
     assert task.first_tensor({"loss": torch.zeros(1), "logits": tensor}) is tensor
     assert task.first_tensor((None, [tensor])) is tensor
+    assert task.first_tensor(Answer(loss=torch.zeros(1), logits=tensor)) is tensor
+    assert task.first_tensor([Answer(loss=tensor, logits=None)]) is tensor
     with pytest.raises(DataError, match="no tensor"):
         task.first_tensor((1, "a"))
 

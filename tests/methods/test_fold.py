@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations
 
 from laconic.core.task import Task
 from laconic.methods.base import Context
+from laconic.methods.prune.magnitude import Magnitude
 from laconic.methods.simplify.fold import Fold
 from laconic.program.capture import capture
 from laconic.program.sites import Sites
@@ -216,6 +219,60 @@ def test_trainable_tensors_are_no_constants():
     assert outcome.figures["constants"] == 0
     assert "nothing to fold" in outcome.notes[-1]
     assert outcome.program.weight.requires_grad
+
+
+class Parts(nn.Module):
+    """Weights that are computed: weight norm, spectral norm, a mask, and one that is read twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.normed = parametrizations.weight_norm(nn.Conv1d(4, 6, 3, padding=1))
+        self.spectral = parametrizations.spectral_norm(nn.Linear(6, 8))
+        self.masked = nn.Linear(8, 8)
+        self.twice = nn.Linear(8, 8, bias=False)
+        self.register_buffer("mask", (torch.rand(8, 8) > 0.5).float())
+
+    def forward(self, x):
+        x = self.spectral(F.relu(self.normed(x)).mean(-1))
+        x = F.linear(F.relu(x), self.masked.weight * self.mask, self.masked.bias)
+        return F.linear(self.twice(x), self.twice.weight * 2)
+
+
+@pytest.fixture
+def parts(generator):
+    x = torch.randn(3, 4, 5, generator=generator)
+    model = Parts().eval()
+    return model, capture(model, x), x
+
+
+def test_weights_that_are_computed_become_what_they_are(parts):
+    model, program, x = parts
+    outcome = fold(program)
+    same(model, program, x, outcome.program)
+    names = ["normed.weight", "spectral.weight", "masked.weight"]
+    assert outcome.figures["weights"] == names
+    held = dict(outcome.program.named_parameters())
+    assert all(name in held and held[name].requires_grad for name in names)
+    assert not any("parametrizations" in name for name, _ in outcome.program.tensors())
+    assert torch.equal(held["masked.weight"] == 0, model.mask == 0)
+    assert torch.equal(held["twice.weight"], model.twice.weight)  # has another reader
+    kept = fold(program, weights=False).program
+    assert {n for n, _ in kept.named_parameters()} == {n for n, _ in program.named_parameters()}
+
+
+def test_what_needs_whole_weights_says_to_fold_and_takes_them_then(parts):
+    _, program, _ = parts
+    context = Context(task=NO_TASK, original=program)
+    notes = Magnitude().apply(program, Sites(), context).notes
+    said = [note for note in notes if "simplify.fold first" in note]
+    assert [note.split(":")[0] for note in said] == [
+        "normed.parametrizations.weight.original1",
+        "spectral.parametrizations.weight.original",
+        "masked.weight",
+    ]
+    folded = fold(program).program
+    made = Magnitude().apply(folded, Sites(), context)
+    assert {"normed.weight", "spectral.weight", "masked.weight"} == set(made.figures["kept"])
 
 
 @pytest.mark.parametrize("name", zoo.names())

@@ -1,7 +1,7 @@
 """What a model is for: its data, its loss and its score per sample."""
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypedDict, Unpack
 
 import torch
@@ -42,13 +42,15 @@ def first_tensor(outputs: Any) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
+    if is_dataclass(outputs) and not isinstance(outputs, (type, Mapping)):
+        outputs = {field.name: getattr(outputs, field.name) for field in fields(outputs)}
     if isinstance(outputs, Mapping):
         if isinstance(outputs.get("logits"), Tensor):
             return outputs["logits"]
         outputs = list(outputs.values())
     if isinstance(outputs, (tuple, list)):
         for value in outputs:
-            if isinstance(value, (Tensor, tuple, list, Mapping)):
+            if isinstance(value, (Tensor, tuple, list, Mapping)) or is_dataclass(value):
                 return first_tensor(value)
     raise DataError(
         f"no tensor in an output of type {type(outputs).__name__}",

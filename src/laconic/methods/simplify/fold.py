@@ -1,7 +1,8 @@
 """Remove work that does not depend on the input, without changing what the model computes.
 
-Batch norm goes into the layer beside it; operators whose inputs are all stored constants are
-computed once; operators that give their input back (dropout in eval mode, additions of zero,
+Batch norm goes into the layer beside it; weights that are computed from trainable tensors (weight
+norm, spectral norm, a mask) become what they are; operators whose inputs are all stored constants
+are computed once; operators that give their input back (dropout in eval mode, additions of zero,
 copies, views to the same shape) and results that nobody reads go away.
 
 Paper: batch norm folding as in Jacob et al. 2018 (arXiv 1712.05877), section 3.2; the rest is what
@@ -9,9 +10,10 @@ every compiler does.
 
 Helps: anything that runs the Program as it is (eager, training of a folded network), files (batch
 norm has four vectors a layer), and every later step that looks at weights: a folded network is what
-the runtimes run.
+the runtimes run, and what prunes, shares or factorises weights needs them whole.
 Does not: runtimes fold by themselves, so their latency stays. Before training that is to come:
-a folded network has no batch statistics any more and, with `dropout`, no dropout.
+a folded network has no batch statistics any more, its weights are trained as they are, and, with
+`dropout`, there is no dropout.
 Cost: milliseconds; no data.
 """
 
@@ -21,6 +23,7 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.layers import folding
+from laconic.solvers.layers.computed_weights import fold_computed_weights
 from laconic.solvers.layers.constants import drop_identities, fold_constants, operators
 
 
@@ -29,6 +32,8 @@ class Fold(Method):
 
     Attributes:
         batch_norm: fold batch norm into the layer behind or in front of it.
+        weights: put weights together that are computed from trainable tensors which nobody else
+            reads.
         constants: compute what depends on stored constants only. Trainable tensors are no
             constants.
         identities: remove operators that give their input back.
@@ -36,6 +41,7 @@ class Fold(Method):
     """
 
     batch_norm: bool = True
+    weights: bool = True
     constants: bool = True
     identities: bool = True
     dropout: bool = True
@@ -48,6 +54,10 @@ class Fold(Method):
         before = operators(made)
         notes: list[str] = []
         figures: dict[str, Any] = {}
+        if self.weights:
+            figures["weights"] = fold_computed_weights(made)
+            made.graph.eliminate_dead_code()
+            notes += [f"{name}: was computed, is now a weight" for name in figures["weights"]]
         if self.batch_norm:
             found = folding.fold_batch_norms(made, allow=sites.match)
             notes += found.notes

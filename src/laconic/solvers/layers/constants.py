@@ -121,9 +121,9 @@ def fold_constants(program: Program, *, parameters: bool = False) -> int:
             trains = tensor.requires_grad or isinstance(tensor, torch.nn.Parameter)
             if parameters or not trains:
                 constant[node] = tensor.detach()
-        elif _is_computable(node) and all(source in constant for source in node.all_input_nodes):
+        elif is_computable(node) and all(source in constant for source in node.all_input_nodes):
             with torch.no_grad():
-                constant[node] = _run(node, constant.__getitem__)
+                constant[node] = run(node, constant.__getitem__)
     for node in list(program.graph.nodes):
         kept = any(user not in constant for user in node.users)
         if node.op == "call_function" and node in constant and kept:
@@ -132,7 +132,8 @@ def fold_constants(program: Program, *, parameters: bool = False) -> int:
     return before - operators(program)
 
 
-def _is_computable(node: fx.Node) -> bool:
+def is_computable(node: fx.Node) -> bool:
+    """Whether a node gives the same whenever its inputs are the same, and changes nothing."""
     target: Any = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
@@ -140,7 +141,8 @@ def _is_computable(node: fx.Node) -> bool:
     return name[0] == "aten" and name[1] not in _RANDOM and not target._schema.is_mutable
 
 
-def _run(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+def run(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
+    """What a node gives for the values of its sources."""
     target: Any = node.target
     args = map_arg(node.args, value)
     kwargs = map_arg(node.kwargs, value)

@@ -11,6 +11,7 @@ from laconic.core.errors import DataError
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.solvers.layers.computed_weights import computed_weights
 
 # operator name → positions of (activation, weight) and the weight's output axis
 MATRIX: dict[str, tuple[int, int, int]] = {
@@ -82,6 +83,11 @@ def weight_sites(program: Program) -> tuple[list[WeightSite], list[str]]:
         weight_only = not any(base_name(operator) in MATRIX for operator in operators)
         axis = axes.pop() if len(axes) == 1 else None
         found.append(WeightSite(name, tuple(holders), operators, axis, weight_only))
+    for node, part in computed_weights(program).items():
+        if any(_turned_uses(node, range(len(node.meta["shape"])))):
+            notes.append(
+                f"{part}: stays float, because the weight is computed from it: simplify.fold first"
+            )
     return found, notes
 
 

@@ -125,8 +125,7 @@ class Pruning:
         self.notes: list[str] = []
         self.figures: dict[str, object] = {}
         found, refused = weight_sites(self.bare)
-        self.notes += [f"{note.split(':')[0]}: not pruned, other operators read it too"
-                       for note in refused]  # fmt: skip
+        self.notes += [note.replace("stays float", "not pruned") for note in refused]
         self.notes += [f"{site.name}: a look-up table, its rows are not multiplied"
                        for site in found if site.is_table]  # fmt: skip
         weights = [site.name for site in found if not site.is_table]
