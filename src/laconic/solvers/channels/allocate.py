@@ -260,6 +260,7 @@ def in_the_way(choices: Sequence[Choice], costs: Costs) -> dict[str, str]:
     worst = max(range(len(choices)), key=held)
     return {
         "where": choices[worst].name,
-        "hint": f"this group holds most of what is left and may not go below {lowest[worst]} of "
-        f"{choices[worst].size}: ask for less, raise `limit`, lower `block`, or select more sites",
+        "hint": "of the groups chosen this one holds most of what is left and may not go below "
+        f"{lowest[worst]} of {choices[worst].size}: ask for less, raise `limit`, lower `block`, or "
+        "select more sites",
     }

@@ -198,7 +198,7 @@ def _too_much(
         f"{of} can fall by {1 - lowest / total:.1%} at most, from {total:,} to {lowest:,}, "
         f"but {ratio:.1%} was asked for",
         where=worst,
-        hint="this layer holds most of what is left: ask for less, or select more sites"
+        hint="of the layers chosen this one holds most of what is left: ask for less or select more"
         if worst
         else "no layer can be replaced by cheaper ones: select other sites",
     )
