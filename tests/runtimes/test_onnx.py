@@ -11,6 +11,7 @@ from laconic.core.errors import ExportError
 from laconic.measuring.parity import parity
 from laconic.program.capture import capture
 from laconic.program.freezing import freeze
+from laconic.program.program import FAKE_QUANTIZE
 from laconic.runtimes import get
 from laconic.runtimes._onnx import write_onnx
 
@@ -278,3 +279,51 @@ def test_the_table_of_translations_is_read_once_and_never_written(tmp_path, monk
     (table,) = _onnx_registry._tables.values()
     assert "laconic::fake_quantize" not in table.functions
     assert vars(kind)["from_torchlib"] is counted
+
+
+@pytest.mark.parametrize(
+    ("axis", "zero", "tied"),
+    [(None, 0, False), (None, 3, True), (0, 0, False), (0, 3, True), (1, 3, False)],
+)
+def test_of_a_quantised_table_only_what_is_looked_up_is_decoded(axis, zero, tied, tmp_path):
+    program = _words(axis, zero, tied)
+    model = _check(program, write_onnx(program, tmp_path / "t.onnx"))
+    codes = [t.name for t in model.graph.initializer if list(t.dims) == [11, 6]]
+    assert len(codes) == 1
+    users = {node.op_type for node in model.graph.node if codes[0] in node.input}
+    assert users == {"Gather"} | ({"DequantizeLinear"} if tied else set())
+    runner = get("openvino").load(
+        get("openvino").write(program, tmp_path / "t.xml", "int8"), "int8"
+    )
+    report = parity(program, runner.run, [program.example], precision="int8")
+    assert report.ok, report.failures
+
+
+def _words(axis, zero, tied):
+    """A look-up of 11 words in 8 bits, and a product with the same table if `tied`."""
+
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.head = nn.Embedding(11, 6), nn.Linear(6, 4)
+
+        def forward(self, ids):
+            x = self.table(ids)
+            return F.linear(x, self.table.weight) if tied else self.head(x)
+
+    torch.manual_seed(3)
+    program = capture(Words().eval(), (torch.randint(0, 11, (2, 5)),))
+    shape = () if axis is None else (program.tensor("table.weight").shape[axis],)
+    sides = {"scale": torch.rand(shape) * 0.01 + 0.02, "zero_point": torch.full(shape, zero)}
+    table = next(node for node in program.graph.nodes if node.target == "table.weight")
+    users = list(table.users)
+    names = [program.add_tensor(f"table.weight_{name}", side) for name, side in sides.items()]
+    with program.graph.inserting_after(table):
+        made = program.graph.create_node("call_function", FAKE_QUANTIZE, (table,))
+    with program.graph.inserting_before(made):
+        nodes = [program.graph.get_attr(name) for name in names]
+    made.args = (table, *nodes, axis, -127, 127)
+    for user in users:
+        user.replace_input_with(table, made)
+    program.recompile()
+    return program

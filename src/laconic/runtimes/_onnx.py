@@ -22,6 +22,7 @@ from laconic.runtimes._branches import Before, branching
 from laconic.runtimes._export import export, lower_weights, quiet
 from laconic.runtimes._onnx_blocks import blocked_weights
 from laconic.runtimes._onnx_floats import float8_weights
+from laconic.runtimes._onnx_gathers import decode_what_is_looked_up
 from laconic.runtimes._onnx_integers import integer_products
 from laconic.runtimes._onnx_operators import missing, own, refusals
 from laconic.runtimes._onnx_registry import remembered_table
@@ -51,6 +52,7 @@ def write_onnx(program: Program, path: Path, branches: bool = False) -> Path:
     integer_products(model)
     blocked_weights(model)
     _drop_zero_points(model)
+    decode_what_is_looked_up(model)
     _strip(model)
     _save(model, path)
     return path

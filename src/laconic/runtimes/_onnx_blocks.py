@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from laconic.runtimes._onnx_constants import drop_unused, stored
+
 _IR = Any  # onnx_ir objects: loose stubs
 _OPERATORS = 21
 _BLOCKS = (16, 32, 64, 128, 256)  # what the kernels know
@@ -77,7 +79,7 @@ def _rewrite(graph: _IR, node: _IR, nodes: list[_IR], outputs: int, groups: int)
     if zero and zero[0].any():
         parts.append(zero[0].reshape(outputs, groups).T)
     values = [
-        _stored(graph, f"{value.name}_blocks", part, None if number == 1 else kind)
+        stored(graph, f"{value.name}_blocks", part, None if number == 1 else kind)
         for number, (value, part) in enumerate(zip(decode.inputs, parts, strict=False))
     ]
     size = [ir.AttrInt64("axis", 0), ir.AttrInt64("block_size", block)]
@@ -91,9 +93,7 @@ def _rewrite(graph: _IR, node: _IR, nodes: list[_IR], outputs: int, groups: int)
     held = list(decode.inputs) + [each.inputs[1] for each in nodes if each.op_type == "Reshape"]
     for gone in (node, *nodes):
         graph.remove(gone, safe=True)
-    for value in held:
-        if not value.uses():
-            graph.initializers.pop(value.name, None)
+    drop_unused(graph, held)
 
 
 def _type(codes: Any, zero: list[Any]) -> _IR:
@@ -107,17 +107,3 @@ def _type(codes: Any, zero: list[Any]) -> _IR:
     if low >= 0 and high <= 15:
         return ir.DataType.UINT4
     return ir.DataType.INT8 if codes.dtype == np.int8 else ir.DataType.UINT8
-
-
-def _stored(graph: _IR, name: str, array: Any, kind: _IR | None) -> _IR:
-    import onnx_ir as ir
-
-    while name in graph.initializers:
-        name += "_"
-    array = np.ascontiguousarray(array)
-    array = array if kind is None else array.astype(kind.numpy())
-    held = ir.tensor(array, dtype=kind, name=name)
-    made = ir.Value(name=name, const_value=held)
-    made.shape, made.type = ir.Shape(array.shape), ir.TensorType(held.dtype)
-    graph.initializers[name] = made
-    return made

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from laconic.runtimes._onnx_constants import drop_unused, stored
+
 _IR = Any  # onnx_ir objects: loose stubs
 
 
@@ -61,9 +63,7 @@ def _rewrite(graph: _IR, node: _IR, activation: _IR, weight: _IR) -> None:
     for gone in (node, activation, weight):
         if not any(value.uses() for value in gone.outputs):
             graph.remove(gone, safe=True)
-    for value in held:
-        if not value.uses():
-            graph.initializers.pop(value.name, None)
+    drop_unused(graph, held)
 
 
 def _plain(node: _IR) -> bool:
@@ -85,19 +85,19 @@ class _Builder:
 
         quantised, step, zero = self.source.outputs
         name = self.weight.inputs[0].name
-        held = self._constant(f"{name}_integers", codes)
+        held = stored(self.graph, f"{name}_integers", codes)
         convolution = self.node.op_type == "Conv"
         kind = "ConvInteger" if convolution else "MatMulInteger"
         kept = self.node.attributes.values() if convolution else ()
         product = self._add(kind, [quantised, held, zero], list(kept))
         product = self._add("Cast", [product], [ir.AttrInt64("to", int(ir.DataType.FLOAT))])
-        steps = self._add("Mul", [step, self._constant(f"{name}_steps", scale)])
+        steps = self._add("Mul", [step, stored(self.graph, f"{name}_steps", scale)])
         made = self._add("Mul", [product, steps])
         bias = self.node.inputs[2] if len(self.node.inputs) > 2 else None
         if bias is not None:
             if convolution:
                 shape = np.array([-1, *[1] * (codes.ndim - 2)], dtype=np.int64)
-                bias = self._add("Reshape", [bias, self._constant(f"{name}_shape", shape)])
+                bias = self._add("Reshape", [bias, stored(self.graph, f"{name}_shape", shape)])
             made = self._add("Add", [made, bias])
         self.node.outputs[0].replace_all_uses_with(made, replace_graph_outputs=True)
 
@@ -107,14 +107,3 @@ class _Builder:
         made = ir.Node("", kind, inputs, attributes or [])
         self.graph.insert_before(self.node, made)
         return made.outputs[0]
-
-    def _constant(self, name: str, array: Any) -> _IR:
-        import onnx_ir as ir
-
-        while name in self.graph.initializers:
-            name += "_"
-        held = ir.tensor(np.ascontiguousarray(array), name=name)
-        made = ir.Value(name=name, const_value=held)
-        made.shape, made.type = ir.Shape(array.shape), ir.TensorType(held.dtype)
-        self.graph.initializers[name] = made
-        return made
