@@ -14,6 +14,7 @@ from laconic.methods.prune.nm import Nm
 from laconic.methods.prune.obs import Obs
 from laconic.methods.prune.wanda import Wanda
 from laconic.methods.quantize.static import QuantizeStatic
+from laconic.methods.share.cluster import Cluster
 from laconic.program.capture import capture
 from laconic.program.freezing import freeze
 from laconic.program.sites import Sites
@@ -213,3 +214,11 @@ def test_sites_choose_weights_and_others_are_refused(chain):
     assert made.sparse == {"last.weight"}
     with pytest.raises(RecipeError, match="last"):
         Magnitude(ratio=0.5).apply(program, Sites.of("lasr.weight"), context)
+
+
+def test_weights_in_another_form_are_named_as_the_reason(chain):
+    program, context, _ = chain
+    shared = Cluster(bits=2).apply(program, Sites(), context).program
+    outcome = Magnitude().apply(shared, Sites(), context)
+    assert not outcome.program.sparse
+    assert any("2 weights are stored in another form" in note for note in outcome.notes)

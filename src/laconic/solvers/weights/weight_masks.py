@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
 from laconic.program.freezing import freeze, is_frozen, thaw
-from laconic.program.program import FAKES, Program
+from laconic.program.program import FAKES, STORED, Program
 from laconic.program.sites import Sites
 from laconic.solvers.quantization.weight_sites import choose_sites, weight_sites
 from laconic.statistics.layers import Layer, layers
@@ -130,8 +130,13 @@ class Pruning:
                        for site in found if site.is_table]  # fmt: skip
         weights = [site.name for site in found if not site.is_table]
         self.names = choose_sites(program, sites, weights)
+        stored = sum(node.target in STORED for node in self.bare.graph.nodes)
+        if stored:
+            self.notes.append(
+                f"{stored} weights are stored in another form: prune before the step that wrote it"
+            )
         if not self.names:
-            self.notes.append("nothing to prune: no weight multiplies an activation")
+            self.notes.append("nothing to prune: no float weight multiplies an activation")
 
     def weights(self) -> dict[str, Tensor]:
         """The chosen weights."""
