@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from laconic.core.errors import BudgetError, LaconicError, RecipeError
+from laconic.core.errors import BudgetError, DataError, LaconicError, RecipeError
 from laconic.core.recipe import Step
 from laconic.core.task import classification
 from laconic.methods.base import Context, method_of
@@ -96,6 +96,31 @@ def test_a_budget_below_what_is_possible(program, method, options):
     with pytest.raises(BudgetError, match=r"can fall by .*% at most.* 99\.0% was asked") as caught:
         apply(program, method, {"ratio": 0.99, **options}, few(16))
     assert caught.value.where and "holds most of what is left" in str(caught.value.hint)
+
+
+BROKEN = [
+    ("prune.channels", {"importance": "l1", "compensate": False}),
+    ("prune.heads", {}),
+    ("prune.magnitude", {}),
+    ("prune.obs", {}),
+    ("prune.gradual", TRAINING),
+    ("factorize.svd", {"weighting": "none", "repair": "none"}),
+    ("simplify.drop_layers", {"importance": "l1"}),
+    ("share.cluster", {}),
+    ("share.hash", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), BROKEN)
+def test_weights_that_are_not_finite(program, method, options):
+    """The first of them is named, whether or not the method would have looked at data."""
+    broken = program.clone()
+    weight = broken.tensor("b.weight").detach().clone()
+    weight[1, 2] = torch.nan
+    broken.set_tensor("b.weight", weight)
+    with pytest.raises(DataError, match="NaN or infinite") as caught:
+        apply(broken, method, options, few(4))
+    assert caught.value.where == "b.weight"
 
 
 NEAR = [

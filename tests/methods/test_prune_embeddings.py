@@ -206,6 +206,15 @@ def test_a_quantised_table_says_that_the_order_was_wrong():
 # Bad input ----------------------------------------------------------------------------------
 
 
+def test_a_loader_that_is_used_up_costs_no_rows():
+    program = capture(Classifier().eval(), SEEN)
+    used = iter([])
+    for data in ({"train": []}, {"train": [SEEN], "validation": used}):
+        task = Task(loss=lambda o, t: o.sum(), metric=lambda o, t: o.sum(-1), **data)
+        with pytest.raises(DataError, match="data are empty"):
+            PruneEmbeddings().apply(program, Sites(), Context(task=task, original=program))
+
+
 def test_bad_input_is_named():
     with pytest.raises(RecipeError, match=r"no\.such.*|match nothing"):
         prune(Classifier(), sites="no.such.table")

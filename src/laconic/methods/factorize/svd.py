@@ -39,6 +39,7 @@ from laconic.solvers.channels.compensate import compensate
 from laconic.solvers.layers import chain
 from laconic.solvers.least_squares import Fit, residual
 from laconic.solvers.quantization.metric import Metric, metric, streamed
+from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.solvers.recalibrate import norms, recalibrate
 from laconic.solvers.sharing import low_rank, ranks
 from laconic.solvers.sharing.low_rank import Factors, Kind
@@ -89,8 +90,10 @@ class FactorizeSvd(Method):
         Raises:
             RecipeError: sites or ranks that fit no layer.
             BudgetError: the ratio cannot be reached; says how far it can go and what is in the way.
-            DataError: calibration data that are missing, do not fit, or are not finite.
+            DataError: calibration data that are missing, do not fit, or are not finite; or a
+                parameter that is not finite.
         """
+        refuse_broken(program)
         dense = program.clone()
         if _device(dense) != context.device:
             dense = dense.to(context.device)

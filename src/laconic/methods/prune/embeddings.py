@@ -132,12 +132,20 @@ class PruneEmbeddings(Method):
         there = [split for split in self.splits if getattr(task, split) is not None]
         with progress.task("ids", None) as bar:
             for split in there or self.splits[:1]:  # without any data the task says so
+                number = -1
                 for number, batch in enumerate(task.batches(split)):
                     where = f"{split} batch {number}"
                     flat = flat_inputs(program, task.split(batch)[0], where)
                     check_inputs(program, flat, where)
                     yield flat
                     bar.advance(1, split)
+                if number < 0:  # a generator that is used up would cost every row
+                    raise DataError(
+                        f"the {split} data are empty",
+                        where=task.name,
+                        hint="a loader has to give batches every time it is gone through, "
+                        "so give a list or a DataLoader, not a generator",
+                    )
 
     def _with_fallback(self, table: "_Table", kept: Tensor) -> Tensor:
         if self.fallback is None:

@@ -31,6 +31,7 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.layers import branch_importance, branch_removal, depth
 from laconic.solvers.layers.residual import Branch, branches
+from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.solvers.teaching.task_loss import TaskLoss
 from laconic.statistics.batches import Batches, Flat, told_nothing
 
@@ -71,8 +72,10 @@ class DropLayers(Method):
         Raises:
             RecipeError: sites or `drop` name no branch; `count` is more than there are; norms are
                 to tell branches apart that share their weights.
-            DataError: calibration data that are needed and missing, or do not fit.
+            DataError: calibration data that are needed and missing, or do not fit; or a parameter
+                that is not finite.
         """
+        refuse_broken(program)
         work = program.clone()
         work.propagate()
         found = branches(work)

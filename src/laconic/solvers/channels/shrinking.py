@@ -20,6 +20,7 @@ from laconic.solvers.channels.allocate import Of, Scope
 from laconic.solvers.channels.compensate import Report, compensate
 from laconic.solvers.channels.selection import Keep, Wish
 from laconic.solvers.importance.base import Scene
+from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.solvers.recalibrate import norms
 from laconic.solvers.search.latency_budget import Goal
 from laconic.solvers.search.stopwatch import Stopwatch, Timer
@@ -90,7 +91,12 @@ class Shrinking:
     def __init__(
         self, plan: Plan, program: Program, context: Setting, timer: Timer | None = None
     ) -> None:
-        """`timer` measures milliseconds; None is a stopwatch in the context's runtime."""
+        """`timer` measures milliseconds; None is a stopwatch in the context's runtime.
+
+        Raises:
+            DataError: a parameter holds NaN or infinite values.
+        """
+        refuse_broken(program)
         self.plan, self.context = plan, context
         self.dense = _ready(program, context.device)
         self.found: Groups = groups(self.dense)

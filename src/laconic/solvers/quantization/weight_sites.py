@@ -120,7 +120,7 @@ def refuse_broken(program: Program) -> None:
             raise DataError(
                 f"{bad} of {tensor.numel()} values are NaN or infinite",
                 where=name,
-                hint="a network that diverged cannot be quantised: train it again",
+                hint="a network that diverged cannot be made smaller: train it again",
             )
 
 

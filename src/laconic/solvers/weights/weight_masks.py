@@ -17,7 +17,11 @@ from torch import Tensor
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import FAKES, STORED, Program
 from laconic.program.sites import Sites
-from laconic.solvers.quantization.weight_sites import choose_sites, weight_sites
+from laconic.solvers.quantization.weight_sites import (
+    choose_sites,
+    refuse_broken,
+    weight_sites,
+)
 from laconic.statistics.layers import Layer, layers
 
 Keep = dict[str, Tensor]
@@ -115,7 +119,9 @@ class Pruning:
 
         Raises:
             RecipeError: sites that match nothing.
+            DataError: a parameter holds NaN or infinite values.
         """
+        refuse_broken(program)
         self._frozen = is_frozen(program)
         self._home = _device(program)
         self._away = device != self._home
