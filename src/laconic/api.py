@@ -105,7 +105,7 @@ def specialize(
     count: int = 8,
     batches: Sequence[int] | None = None,
     requests: int | None = None,
-    ahead: bool = False,
+    ahead: bool = True,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> Dispatcher:
@@ -117,14 +117,15 @@ def specialize(
             beside the batch), a sequence of numbers, or dimension → size. Up to `count` different
             ones are all compiled; of more, those that serve the whole sample fastest.
         out: folder for `model.buckets` and the files it names.
-        runtime: "openvino" (compiles when a file is opened), "inductor" (ahead of time, a package
+        runtime: "openvino" (compiles from one file), "inductor" (ahead of time, a package
             a shape), or "onnxruntime" (which takes any shape at no cost: nothing to compile).
         precision: "fp32", "bf16" or "int8"; by default int8 where the Program is quantised.
         count: how many shapes at most; how many for each batch size, where there are several.
             Each costs memory: its weights once more.
         batches: batch sizes to compile for; by default those of the sample.
         requests: how many requests a process serves; compiling has to pay within them.
-        ahead: keep OpenVINO's compiled code, a file a shape: larger, and opened faster.
+        ahead: keep OpenVINO's compiled code, half a megabyte a shape or so: on such a CPU, in that
+            version and with as many threads a shape is opened without compiling.
         threads: of the runtime.
         progress: shows what goes on.
 

@@ -12,14 +12,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from laconic.core.errors import DataError, ExportError, RecipeError
+from laconic.engine import buckets
 from laconic.engine.artifact import declared_inputs, every_way, open_artifact, shipped_bytes
-from laconic.engine.buckets import Bucket, hash_of, read
+from laconic.engine.buckets import Bucket, hash_of, read, write
 from laconic.engine.dispatch import Dispatcher, load
 from laconic.engine.specialize import Wish, counted, specialize
 from laconic.measuring import latency
 from laconic.measuring.parity import float_tolerance
 from laconic.program.capture import capture
 from laconic.program.specialize import specialize as fix
+from laconic.runtimes.openvino import OpenVino
 
 BRIEF = latency.Plan(rounds=1, seconds=0.0, calls=1, warm_calls=1, rest=0.0, repeats=0)
 BOTH = ("batch", "sequence")
@@ -319,24 +321,76 @@ def test_inductor_has_a_package_a_shape(encoder, tmp_path, monkeypatch):
     agree(encoder, again.run(inputs), inputs)
 
 
-def test_compiled_code_is_kept_and_made_anew_where_it_does_not_fit(encoder, folder, tmp_path):
+@pytest.fixture
+def compilations(monkeypatch):
+    """Shapes that OpenVINO compiled for."""
+    found = []
+    compile_it = OpenVino._compile
+
+    def counted_too(self, path, shapes, settings):
+        found.append(shapes)
+        return compile_it(self, path, shapes, settings)
+
+    monkeypatch.setattr(OpenVino, "_compile", counted_too)
+    return found
+
+
+def _at_once(held):
+    """Whatever fits a bucket goes to the smallest."""
+    quick = tuple(replace(b, ms=1e-6 * b.sizes["sequence"]) for b in held.buckets)
+    return replace(held, buckets=quick)
+
+
+def test_shapes_are_opened_without_compiling_and_files_are_checked_once(
+    encoder, folder, dispatcher, compilations, monkeypatch
+):
+    hashed = []
+    monkeypatch.setattr(buckets, "hash_of", lambda path: hashed.append(path.name) or hash_of(path))
+    made = dispatcher
+    assert {path.name for path in folder.iterdir()} == {path.name for path in made.held.files()}
+    for lengths in ([4], [8], [8, 8, 8, 8], [4] * 4, [20]):
+        inputs = request(lengths)
+        agree(encoder, made.run(inputs), inputs)
+    assert sorted(made._runners) == ["", *sorted(b.name for b in made.held.buckets)]
+    assert compilations == []
+    assert sorted(hashed) == sorted(made.held.hashes)
+
+
+def test_compiled_code_is_made_anew_where_it_does_not_fit(encoder, folder, tmp_path, compilations):
     own = tmp_path / "own"
     shutil.copytree(folder, own)
-    dispatcher = load(own, 1)
-    dispatcher.held = replace(dispatcher.held, ahead=True)
-    bucket = dispatcher.compile({"batch": 1, "sequence": 6})
+    bucket = load(own, 1).compile({"batch": 1, "sequence": 6})
     assert bucket.file == "model-batch1-sequence6.blob"
+    compilations.clear()
     inputs = request([6])
-    for change in (False, True):
-        held = read(own / "model.buckets")
-        if change:  # as another version would write it
-            (own / bucket.file).write_bytes(b"no such code")
-            name = {bucket.file: hash_of(own / bucket.file)}
-            held = replace(held, hashes={**held.hashes, **name})
-        quick = replace(held.buckets[-1], ms=0.0)
-        made = Dispatcher(replace(held, buckets=(*held.buckets[:-1], quick)), 1)
+
+    def run(threads=1):
+        made = Dispatcher(_at_once(read(own / "model.buckets")), threads)
         agree(encoder, made.run(inputs), inputs)
-        assert list(made._runners) == [quick.name]
+        assert len(made._runners) == 1
+        return len(compilations)
+
+    assert run() == 0
+    assert run(threads=2) == 1
+    origin, _, code = (own / bucket.file).read_bytes().partition(b"\n")
+    (own / bucket.file).write_bytes(origin.replace(b'"version": "', b'"version": "1') + code)
+    with pytest.raises(ExportError, match=r"sequence6.blob: is not the file that model.buckets"):
+        run()
+    held = read(own / "model.buckets")
+    write(replace(held, hashes={**held.hashes, bucket.file: hash_of(own / bucket.file)}))
+    assert run() == 2
+
+
+def test_code_that_has_the_weights_in_it_is_not_kept(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(buckets, "_LARGE", 0)
+    made = specialize(encoder, [4], tmp_path / "large", wish())
+    without = specialize(encoder, [4], tmp_path / "never", wish(ahead=False))
+    for each in (made, without):
+        names = {path.name for path in each.held.files()}
+        assert names == {"model.buckets", "model.xml", "model.bin"}
+        assert {path.name for path in each.held.path.parent.iterdir()} == names
+    inputs = request([4])
+    agree(encoder, made.run(inputs), inputs)
 
 
 def test_one_door_opens_it(encoder, folder):

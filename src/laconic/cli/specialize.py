@@ -38,8 +38,8 @@ def specialize(
         int | None, typer.Option(min=1, help="Compiling has to pay within so many requests.")
     ] = None,
     ahead: Annotated[
-        bool, typer.Option("--ahead", help="Keep OpenVINO's compiled code, a file a size.")
-    ] = False,
+        bool, typer.Option(help="Keep OpenVINO's compiled code, a small file a size.")
+    ] = True,
     model: Member = None,
     threads: Threads = None,
     debug: Debug = False,

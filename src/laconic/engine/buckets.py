@@ -2,11 +2,13 @@
 
 `NAME.buckets` names one file for any shape, and the shapes there is faster code for. OpenVINO
 compiles for a shape in a fraction of a second when a file is opened, from the file for any shape:
-its buckets share that file, and a bucket is opened when it is first needed. With `ahead` what it
-has compiled is kept, a file for each shape: MiniLM in bf16 then opens in 0.1 s of CPU time
-instead of 0.5, for 45 MB each, on such a CPU and in such a version only; elsewhere it is compiled
-as ever. Inductor always compiles ahead of time, to a package for each shape. What lies beside is
-checked by its hash before it is opened.
+its buckets share that file. With `ahead` what it has compiled is kept, a file for each shape,
+without the weights, which all of them take from that one file: a shape of MiniLM in bf16 then
+opens in 0.1 s of CPU time instead of 0.5, for half a megabyte, on such a CPU, in such a version and
+with as many threads; elsewhere it is compiled as ever. A bucket is opened when it is first needed:
+that spreads the cost, and spares it only for shapes that never come. Inductor always compiles
+ahead of time, to a package for each shape. What lies beside is checked by its hash, once, before
+it is opened.
 """
 
 import hashlib
@@ -39,6 +41,7 @@ SUFFIX = ".buckets"
 BRIEF = latency.Plan(rounds=3, seconds=0.05, rest=0.02, repeats=6)
 _FORMAT = "laconic buckets 1"
 _PACKAGES = "inductor"  # writes a file for each shape; the others compile when they open one
+_LARGE = 1 << 21  # bytes of compiled code that need no reason; beyond, an eighth of the weights
 Sizes = Mapping[str, int]
 
 
@@ -148,6 +151,12 @@ class Buckets:
         """Every file that has to ship."""
         return [self.path, *(self.path.with_name(name) for name in self.hashes)]
 
+    @property
+    def any_code(self) -> str:
+        """What the file for any shape is opened from: its compiled code, where that is kept."""
+        name = Path(self.any_shape).with_suffix(COMPILED).name
+        return name if name in self.hashes else self.any_shape
+
 
 def _free(size: Any) -> bool:
     return isinstance(size, str)
@@ -238,14 +247,18 @@ def hash_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_file(held: Buckets, name: str) -> Path:
-    """The file `name`, after its hash and those of the files it needs.
+def check_file(held: Buckets, name: str, checked: set[Path] | None = None) -> None:
+    """Compare the hashes of the file `name` and of those it needs; `checked` ones are left out.
 
     Raises:
         ExportError: a file is missing, or is not the one that was written.
     """
-    path = held.path.with_name(name)
-    for each in runtimes.get(held.runtime).files(path) if path.exists() else [path]:
+    checked = set() if checked is None else checked
+    path, needed = held.path.with_name(name), [held.path.with_name(name)]
+    if path.suffix == COMPILED:
+        needed.append(held.path.with_name(held.any_shape))
+    files = [each for one in needed for each in runtimes.get(held.runtime).files(one)]
+    for each in (each for each in files if each not in checked):
         wanted = held.hashes.get(each.name)
         if not each.exists():
             raise ExportError("is missing", where=str(each), hint=f"it belongs to {held.path.name}")
@@ -255,7 +268,7 @@ def check_file(held: Buckets, name: str) -> Path:
                 where=str(each),
                 hint="specialise again",
             )
-    return path
+        checked.add(each)
 
 
 def with_file(held: Buckets, path: Path) -> Buckets:
@@ -295,10 +308,8 @@ def opened(held: Buckets, name: str, sizes: Sizes | None, threads: int | None) -
     engine, path = runtimes.get(held.runtime), held.path.with_name(name)
     shapes = None if sizes is None else held.shapes(sizes)
     if path.suffix == COMPILED:
-        try:
-            return engine.load(path, held.precision, threads)
-        except ExportError:  # another CPU, or another version
-            path = check_file(held, held.any_shape)
+        whole = held.path.with_name(held.any_shape)
+        return OpenVino().load(whole, held.precision, threads, shapes, path)
     return engine.load(path, held.precision, threads, shapes)
 
 
@@ -309,11 +320,10 @@ def make(held: Buckets, sizes: Sizes, program: Program | None = None) -> tuple[B
         ExportError: the runtime cannot compile it.
         DataError: the Program cannot take that shape.
     """
+    held, name = with_code(held, sizes)
     start = time.perf_counter()
-    name = held.any_shape
-    own = "-".join([held.path.stem, *(f"{dim}{size}" for dim, size in sizes.items())])
     if held.runtime == _PACKAGES:
-        name = f"{own}.pt2"
+        name = _named(held, sizes, ".pt2")
         whole = program or storage.load(held.path.with_name(held.source))
         fixed = lean(whole, sizes)
         path = write_inductor(fixed, held.path.with_name(name), held.precision, held.threads, None)
@@ -322,13 +332,36 @@ def make(held: Buckets, sizes: Sizes, program: Program | None = None) -> tuple[B
         runner = opened(held, name, sizes, held.threads)
     except ExportError as error:
         raise DataError(f"cannot take {said(sizes)}: {error.message}", where="sizes") from error
-    seconds = time.perf_counter() - start
-    if held.ahead and held.runtime == "openvino":
-        name = f"{own}{COMPILED}"
-        held = with_file(held, OpenVino().write_compiled(runner, held.path.with_name(name)))
-    bucket = Bucket(dict(sizes), name, 0.0, seconds)
+    bucket = Bucket(dict(sizes), name, 0.0, time.perf_counter() - start)
     others = [each for each in held.buckets if each.sizes != bucket.sizes]
     return replace(held, buckets=(*others, bucket)), runner
+
+
+def with_code(held: Buckets, sizes: Sizes | None) -> tuple[Buckets, str]:
+    """`held`, with OpenVINO's compiled code for a shape, or for any, and the file to open.
+
+    It is the file for any shape where compiled code is not asked for, not to be had, or large:
+    then OpenVINO has computed anew what was in the weights, and each shape would ship that again.
+    """
+    if not held.ahead or held.runtime != "openvino":
+        return held, held.any_shape
+    whole = held.path.with_name(held.any_shape)
+    target = held.path.with_name(_named(held, sizes or {}, COMPILED))
+    shapes = None if sizes is None else held.shapes(sizes)
+    try:
+        OpenVino().write_compiled(whole, target, held.precision, held.threads, shapes)
+    except ExportError:
+        return held, whole.name  # what cannot be compiled is refused when it is opened
+    weights = max(file.stat().st_size for file in OpenVino().files(whole))
+    if target.stat().st_size > max(_LARGE, weights // 8):
+        target.unlink()
+        return held, whole.name
+    return with_file(held, target), target.name
+
+
+def _named(held: Buckets, sizes: Sizes, suffix: str) -> str:
+    own = [held.path.stem, *(f"{dim}{size}" for dim, size in sizes.items())]
+    return "-".join(own) + suffix
 
 
 def timed(

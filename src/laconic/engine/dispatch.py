@@ -103,7 +103,7 @@ class Dispatcher(Runner):
         }
         self._model = Model(self, held.signature)
         self._runners: dict[str, Runner] = {}
-        self._checked: set[str] = set()
+        self._checked: set[Path] = set()
         self._seen: Counter[tuple[int, Need, Bucket | None]] = Counter()
         self._prepare()
 
@@ -213,10 +213,8 @@ class Dispatcher(Runner):
     def _runner(self, bucket: Bucket | None) -> Runner:
         key = bucket.name if bucket else ""
         if key not in self._runners:
-            file = bucket.file if bucket else self.held.any_shape
-            if file not in self._checked:
-                check_file(self.held, file)
-                self._checked.add(file)
+            file = bucket.file if bucket else self.held.any_code
+            check_file(self.held, file, self._checked)
             sizes = bucket.sizes if bucket else None
             self._runners[key] = opened(self.held, file, sizes, self.threads)
         return self._runners[key]

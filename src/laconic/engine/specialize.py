@@ -30,6 +30,7 @@ from laconic.engine.buckets import (
     said,
     threads_of,
     timed,
+    with_code,
     with_file,
     write,
 )
@@ -65,7 +66,7 @@ class Wish:
         count: how many shapes at most; with several batch sizes, how many for each.
         batches: batch sizes to compile for; None: those of the sample.
         requests: calls until the process ends; compiling has to pay within them. None: free.
-        ahead: keep OpenVINO's compiled code, a file a shape.
+        ahead: keep OpenVINO's compiled code, a small file a shape.
         threads: of the runtime; None: all cores.
         plan: how long each shape is timed.
     """
@@ -75,7 +76,7 @@ class Wish:
     count: int = 8
     batches: Sequence[int] | None = None
     requests: int | None = None
-    ahead: bool = False
+    ahead: bool = True
     threads: int | None = None
     plan: latency.Plan = BRIEF
 
@@ -171,7 +172,7 @@ class _Build:
         """Every file but `path` itself, and what that has to say."""
         limits = self._limits()
         held = replace(self._any_shape(path), limits=limits)
-        held = replace(held, costs=self._costs(held), ahead=self.wish.ahead)
+        held = replace(held, costs=self._costs(held))
         chosen = self._choose(held)
         runners: list[tuple[Sizes, Runner]] = []
         with self.progress.task("compiling", len(chosen)) as bar:
@@ -201,7 +202,7 @@ class _Build:
         held = Buckets(
             path=path, runtime=engine.name, precision=self.kind, threads=threads, inputs=inputs,
             masks=self.padding.masks, refused=self.padding.refused, outputs=_outputs(self.padding,
-            program), signature=program.signature, any_shape=target.name,
+            program), signature=program.signature, any_shape=target.name, ahead=self.wish.ahead,
         )  # fmt: skip
         with self.progress.task("writing the file for any shape"):
             start, whole = time.perf_counter(), lean(program)
@@ -213,8 +214,8 @@ class _Build:
             else:
                 engine.write(whole, target, self.kind)
             self.seconds = time.perf_counter() - start
-        held = with_file(held, target)
-        self._compare(opened(held, target.name, None, threads), self._sizes(min(self.sample)))
+        held, name = with_code(with_file(held, target), None)
+        self._compare(opened(held, name, None, threads), self._sizes(min(self.sample)))
         return held
 
     def _sizes(self, shape: Sequence[int]) -> dict[str, int]:
@@ -251,7 +252,7 @@ class _Build:
 
     def _costs(self, held: Buckets) -> tuple[tuple[float, float, float], ...]:
         """A few shapes of the sample, from the smallest to the largest, timed in both kinds."""
-        free = opened(held, held.any_shape, None, held.threads)
+        free = opened(held, held.any_code, None, held.threads)
         by_size = {elements(self._sizes(shape)): shape for shape in sorted(self.sample)}
         order = sorted(by_size)
         places = {round(k * (len(order) - 1) / (_PROBES - 1)) for k in range(_PROBES)}
@@ -264,6 +265,8 @@ class _Build:
                     with_it, runner = make(held, sizes)
                     calls.append((sizes, runner))
                     self.seconds = with_it.buckets[-1].seconds
+                    for name in with_it.hashes.keys() - held.hashes.keys():
+                        held.path.with_name(name).unlink()
                 bar.advance(1, said(sizes))
         times = timed(held, calls, self.wish.plan)
         step = 1 if self._alike else 2

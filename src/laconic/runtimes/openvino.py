@@ -8,9 +8,10 @@ loading the module that does so, and nothing on disk is changed.
 """
 
 import importlib
+import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,6 +34,7 @@ from laconic.runtimes.base import (
 )
 
 COMPILED = ".blob"
+_LEAN = {"CACHE_MODE": "OPTIMIZE_SIZE"}  # compiled code without weights
 _TELEMETRY = "openvino_telemetry"
 
 
@@ -109,58 +111,63 @@ class OpenVino(Runtime):
         precision: Precision = "fp32",
         threads: int | None = None,
         shapes: Shapes | None = None,
+        code: Path | None = None,
     ) -> Runner:
-        """Compile an .xml or .onnx file for this CPU, or open what was compiled (.blob)."""
-        ov = openvino()
-        hint = {"fp32": "f32", "bf16": "bf16"}.get(precision) or _native(core())
-        settings = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": threads or cores(),
-            "INFERENCE_PRECISION_HINT": hint,
-        }
-        if threads and threads < cores():
-            # it pins its threads to the first cores, in every process the same ones: two processes
-            # that ask for a part of the machine would share that part
-            settings["ENABLE_CPU_PINNING"] = False
-        if precision != "int8":
-            # products with integer weights would otherwise put their inputs on 8 bits in silence
-            settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
-        model = None if path.suffix == COMPILED else self._read(core(), path)
-        try:
-            if model is None:
-                compiled = core().import_model(path.read_bytes(), "CPU", settings)
-            else:
-                names = [value.get_any_name() for value in model.inputs]
-                if shapes:
-                    model.reshape({name: list(shapes[name]) for name in names if name in shapes})
-                compiled = _compiled(model, settings)
-        except (RuntimeError, OSError) as error:
-            raise ExportError(f"OpenVINO refuses it: {_reason(error)}", where=str(path)) from error
+        """Compile an .xml or .onnx file for this CPU.
+
+        `code` is what `write_compiled` wrote for this file and these shapes; it is opened instead
+        where it was made by this version, on such a CPU, and for as many threads.
+        """
+        settings = _settings(precision, threads)
+        found = None if code is None else _imported(path, code, settings)
+        compiled = found or self._compile(path, shapes, settings)
         inputs = tuple(value.get_any_name() for value in compiled.inputs)
         conditions = {
             "runtime": self.name,
-            "version": ov.get_version().split("-")[0],
+            "version": openvino().get_version().split("-")[0],
             "precision": precision,
-            "float": hint,
+            "float": settings["INFERENCE_PRECISION_HINT"],
             "threads": settings["INFERENCE_NUM_THREADS"],
         }
         return _Runner(compiled, inputs, conditions)
 
-    def write_compiled(self, runner: Runner, path: Path) -> Path:
-        """Write what `load` has compiled: it opens without compiling, on such a CPU only.
+    def write_compiled(
+        self,
+        path: Path,
+        target: Path,
+        precision: Precision,
+        threads: int | None,
+        shapes: Shapes | None,
+    ) -> Path:
+        """Compile `path` for `shapes` and write what came of it, without the weights, to `target`.
+
+        The weights stay in the .bin beside `path`, which has to be the same when it is opened.
 
         Raises:
-            ExportError: it cannot be written.
+            ExportError: it cannot be written, or this version of OpenVINO has none without weights.
         """
-        assert isinstance(runner, _Runner)
-        temporary = path.with_name(f".{path.name}.new")
+        settings = _settings(precision, threads)
+        temporary = target.with_name(f".{target.name}.new")
         try:
-            held = runner.compiled.export_model()
-            temporary.write_bytes(held.getvalue() if hasattr(held, "getvalue") else held)
-            temporary.replace(path)
+            if "ENABLE_WEIGHTLESS" not in _property("SUPPORTED_PROPERTIES"):
+                raise RuntimeError("no compiled code without weights in this version")
+            held = self._compile(path, shapes, settings | _LEAN).export_model()
+            held = held.getvalue() if hasattr(held, "getvalue") else held
+            temporary.write_bytes(_origin(settings) + held)
+            temporary.replace(target)
         except (OSError, RuntimeError) as error:
-            raise ExportError(f"cannot write: {error}", where=str(path)) from error
-        return path
+            raise ExportError(f"cannot write: {_reason(error)}", where=str(target)) from error
+        return target
+
+    def _compile(self, path: Path, shapes: Shapes | None, settings: Mapping[str, Any]) -> Any:
+        model = self._read(core(), path)
+        try:
+            if shapes:
+                names = [value.get_any_name() for value in model.inputs]
+                model.reshape({name: list(shapes[name]) for name in names if name in shapes})
+            return _compiled(model, settings)
+        except RuntimeError as error:
+            raise ExportError(f"OpenVINO refuses it: {_reason(error)}", where=str(path)) from error
 
     def files(self, path: Path) -> list[Path]:
         weights = path.with_suffix(".bin")
@@ -195,17 +202,55 @@ class _Runner(Runner):
         return checked([found[position] for position in range(self._count)], "openvino")
 
 
-def _compiled(model: Any, settings: dict[str, Any]) -> Any:
+def _settings(precision: Precision, threads: int | None) -> dict[str, Any]:
+    """What a file is compiled and opened with."""
+    settings: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads or cores(),
+        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}.get(precision)
+        or _native(core()),
+    }
+    if threads and threads < cores():
+        # it pins its threads to the first cores, in every process the same ones: two processes
+        # that ask for a part of the machine would share that part
+        settings["ENABLE_CPU_PINNING"] = False
+    if precision != "int8":
+        # products with integer weights would otherwise put their inputs on 8 bits in silence
+        settings["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = "0"
+    return settings
+
+
+def _origin(settings: Mapping[str, Any]) -> bytes:
+    """The first line of compiled code: what has to be the same where it is opened."""
+    cpu = [_property("FULL_DEVICE_NAME"), *sorted(_property("OPTIMIZATION_CAPABILITIES"))]
+    about = {"version": openvino().get_version(), "cpu": cpu, **settings}
+    return json.dumps(about, sort_keys=True).encode() + b"\n"
+
+
+def _imported(path: Path, code: Path, settings: Mapping[str, Any]) -> Any | None:
+    """The compiled code of `path`; None where it was made for something else."""
+    origin = _origin(settings)
+    weights = {"WEIGHTS_PATH": str(path.with_suffix(".bin"))}
+    try:
+        held = code.read_bytes()
+        if not held.startswith(origin):
+            return None
+        return core().import_model(held[len(origin) :], "CPU", {**settings, **_LEAN, **weights})
+    except (RuntimeError, OSError):
+        return None
+
+
+def _compiled(model: Any, settings: Mapping[str, Any]) -> Any:
     """The model compiled, without fused loops where those are beyond OpenVINO.
 
     In 2026.4 that is an attention of its own boolean mask, as in a text model of one layer.
     """
     try:
-        return core().compile_model(model, "CPU", settings)
+        return core().compile_model(model, "CPU", dict(settings))
     except RuntimeError as error:
         if "loop IDs" not in str(error):
             raise
-        return core().compile_model(model, "CPU", settings | {"SNIPPETS_MODE": "DISABLE"})
+        return core().compile_model(model, "CPU", {**settings, "SNIPPETS_MODE": "DISABLE"})
 
 
 def _native(core: Any) -> str:
