@@ -37,7 +37,7 @@ NEVER = -1.0
 _FEWEST = 2
 _CHOOSING = 1 / 3  # part of the samples on which the direction is sought
 _COMBINATIONS = 8000
-_STEPS = np.geomspace(1 / 32, 4, 43)
+_FIRST, _FACTOR = 1 / 32, 2 ** (1 / 6)  # of the direction: where testing begins, how it goes on
 _aten = torch.ops.aten
 
 
@@ -193,7 +193,9 @@ def solve(
     choosing, testing = answers.part(order[:cut]), answers.part(order[cut:])
     direction = _direction(choosing, task, max_drop, confidence, len(order) - cut)
     held, limits = 0, [NEVER] * len(direction)
-    for step in _STEPS:
+    ends = np.where(np.array(direction) > 0, testing.doubt.max(0), direction)  # all who can leave
+    while any(limit < end for limit, end in zip(limits, ends, strict=True)):
+        step = _FIRST * _FACTOR**held
         further = [float(step * value) if value >= 0 else NEVER for value in direction]
         if not _certified(testing, further, task, max_drop, confidence):
             break
