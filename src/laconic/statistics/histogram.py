@@ -69,7 +69,10 @@ class Histogram(Statistic):
         self._shape(len(rows))
         low, high = (float(v) for v in torch.aminmax(values))
         self._widen(self._exponent_for(low, high))
-        places = torch.floor(rows * 2.0**-self._exponent).long() + self.bins // 2
+        places = torch.floor(rows * 2.0**-self._exponent).long()
+        if self._exponent > 0:  # what lies next to zero may have become -0, on the other side
+            places -= ((rows < 0) & (places == 0)).long()
+        places += self.bins // 2
         places += self.bins * torch.arange(len(rows), device=rows.device)[:, None]
         found = torch.bincount(places.flatten(), minlength=self.bins * len(rows)).cpu()
         self.counts += found.reshape(self.counts.shape)
