@@ -193,7 +193,11 @@ def latency_row(subject: Subject, name: str) -> Row:
                 runners[label] = streamed(run, pixels, batch)
         served = len(pixels) // batch * batch
         times = peers.interleaved(
-            runners, dict.fromkeys(runners, ()), rounds=1 if subject.quick else 5, seconds=0.0
+            runners,
+            dict.fromkeys(runners, ()),
+            rounds=1 if subject.quick else 7,
+            seconds=0.0,
+            least=1,
         )
         each = {label: turn["ms"] / served for label, turn in times.items()}
         found[f"ms_b{batch}"] = each

@@ -234,12 +234,12 @@ def busy_share(seconds: float = 0.5) -> float:
 
 def interleaved(
     runners: Mapping[str, Runner], inputs: Mapping[str, Sequence[np.ndarray]], *,
-    rounds: int = 7, seconds: float = 0.4,
+    rounds: int = 7, seconds: float = 0.4, least: int = 5,
 ) -> dict[str, dict[str, float]]:  # fmt: skip
     """Milliseconds per call, all runners in turn in every round, in alternating order.
 
-    A turn first runs untimed for a tenth of `seconds`, then until `seconds` have passed and at
-    least five calls are made; its median counts. Returned per runner: the median turn `ms`, the
+    A turn first runs untimed for a tenth of `seconds`, then until `seconds` have passed and
+    `least` calls are made; its median counts. Returned per runner: the median turn `ms`, the
     fastest and slowest turn `low`, `high`, and `busy`: the share of the machine that other
     processes had before the rounds, at worst.
     """
@@ -251,7 +251,7 @@ def interleaved(
         for name in order:
             run, arrays = runners[name], inputs[name]
             _turn(run, arrays, seconds / 10, 1)
-            turns[name].append(_turn(run, arrays, seconds, 5))
+            turns[name].append(_turn(run, arrays, seconds, least))
     return {
         name: {"ms": median(found), "low": min(found), "high": max(found), "busy": busy}
         for name, found in turns.items()
