@@ -1,9 +1,9 @@
 """ResNet-56 on CIFAR-10 at 2.1x and 2.5x fewer multiply-adds: at once, in ten minutes, in an hour.
 
 Rows for each ratio: `prune_2x1` (compensated, before any gradient step), `10min_2x1` and `1h_2x1`
-(recovery by distillation from the pruned network, so many minutes by the clock, in two processes of
-one thread that share the batches), and `test`: all of them on the rows that were never used to
-choose, and on all 10,000.
+(recovery by distillation from the pruned network, so many minutes by the clock: ten in two
+processes of one thread that share the batches, the hour in one process, that is on one core), and
+`test`: all of them on the rows that were never used to choose, and on all 10,000.
 
 Rows of a latency budget in place of multiply-adds (`benchmarks.resnet56_latency`), compensated and
 not trained, like `prune_2x1`: `ms_openvino_b32_100` was asked for 100 % of the milliseconds of
@@ -19,6 +19,7 @@ from benchmarks.harness import Bench, Row
 from benchmarks.resnet56_main import CALIBRATION, Job
 from benchmarks.resnet56_processes import in_processes
 from benchmarks.stages import Stages, apply
+from laconic.methods.base import Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 
@@ -35,7 +36,7 @@ BUDGETS = (
 )  # fmt: skip
 RECOVER: dict[str, Any] = {"method": "distill.logits", "ema": 0.998, "evaluations": 4}
 MORE = 4 * CALIBRATION  # images: at 2.5x a thousand leave 0.8 points on the table
-PROCESSES = 2
+PROCESSES = {"10min": 2, "1h": 1}
 
 
 class Channels(Job):
@@ -68,12 +69,14 @@ def ratio_rows(job: Channels, name: str, ratio: float) -> dict[str, Row]:
     for label, minutes in MINUTES.items():
         recover = RECOVER | ({"steps": 3} if job.quick else {"minutes": minutes})
 
-        def recovered(step: dict[str, Any] = recover) -> Any:
-            return in_processes(job, job.stages.path(f"prune_{name}"), step, PROCESSES)
+        def recovered(step: dict[str, Any] = recover, count: int = PROCESSES[label]) -> Outcome:
+            if count == 1:
+                return apply(job.stages.program(f"prune_{name}"), step, job.context())
+            return in_processes(job, job.stages.path(f"prune_{name}"), step, count)
 
         found[f"{label}_{name}"] = job.stages.row(
             f"{label}_{name}", recovered, job.pruned, steps=[prune, recover],
-            processes=PROCESSES, **common,
+            processes=PROCESSES[label], **common,
         )  # fmt: skip
     return found
 
