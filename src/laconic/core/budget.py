@@ -14,7 +14,8 @@ class Budget(BaseModel):
         max_drop: how much of the task's metric may be lost, in the metric's unit.
         confidence: the level at which the drop has to be certified on the validation split.
         minimize: what "strongest" means.
-        runtime: the runtime it is measured in; "auto" takes the fastest for the original.
+        runtime: the runtime it is measured in; "auto" takes the fastest for the original, OpenVINO
+            where that is not clear.
         batch: batch size of the latency that counts.
         threads: intra-op threads of the runtime; None means all cores.
         minutes: how long the search may take; None means as long as the candidates need.

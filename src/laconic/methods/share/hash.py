@@ -60,8 +60,8 @@ class Hash(Weighted, Method):
         """
         made = program.clone()
         made.propagate()
-        every = {site.name: site for site in weight_sites(made)[0]}
-        notes: list[str] = []
+        found, notes = weight_sites(made)
+        every = {site.name: site for site in found}
         ratios = self._ratios(sites.choose(every), made, notes)
         counted = self._weigh(made, list(ratios), context, notes)
         seed = context.seed % 2**32 if self.seed is None else self.seed
@@ -77,7 +77,7 @@ class Hash(Weighted, Method):
                 "runtimes get the dense tensors that the buckets stand for: the gain is in bytes"
             )
             notes.append("hashed weights are a start for training, not an approximation")
-        elif not notes:
+        elif not every:
             notes.append("nothing to hash: no float weight of a known operator is left")
         resolved = self.model_dump(mode="json", exclude_defaults=True) | {"seed": seed}
         return Outcome(program=made, resolved=resolved, notes=notes, figures=figures)

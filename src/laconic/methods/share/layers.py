@@ -77,10 +77,12 @@ class Layers(Method):
         del context
         made = program.clone()
         made.propagate()
-        found = {site.name: site for site in weight_sites(made)[0]}
+        every, refused = weight_sites(made)
+        found = {site.name: site for site in every}
         chosen = {name: found[name] for name in sites.choose(found)}
         pruned = sorted(made.sparse & set(chosen))
         work = _Work(made, {name: site for name, site in chosen.items() if name not in pruned})
+        work.notes += [note.replace("stays float", "not shared") for note in refused]
         work.notes += [f"{name}: not shared, its zeros would be lost" for name in pruned]
         families = self._families(work)
         shared: list[list[str]] = []
@@ -103,7 +105,7 @@ class Layers(Method):
                 "every layer is still computed, and runtimes store tied tensors as they please: "
                 "the gain is in bytes"
             )
-        if not shared and not work.notes:
+        if not shared and len(work.notes) == len(refused):
             work.notes.append("nothing to share: no two weights of one shape are close enough")
         plain = self.model_dump(mode="json", exclude_defaults=True)
         return Outcome(

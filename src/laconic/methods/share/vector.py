@@ -76,7 +76,8 @@ class Vector(Weighted, Method):
         """
         work = _Work(program.clone())
         work.program.propagate()
-        every = {site.name: site for site in weight_sites(work.program)[0]}
+        found, work.notes = weight_sites(work.program)
+        every = {site.name: site for site in found}
         lengths = self._lengths(work, [every[name] for name in sites.choose(every)])
         self._weigh(work, list(lengths), context)  # in a replay as well: it chooses the numbers
         for group in self._groups(work, every, lengths):
@@ -87,7 +88,7 @@ class Vector(Weighted, Method):
             work.notes.append(
                 "runtimes get the dense tensors that the vectors stand for: the gain is in bytes"
             )
-        elif not work.notes:
+        elif not every:
             work.notes.append("nothing to share: no float weight of a known operator is left")
         resolved = self.model_dump(mode="json", exclude_defaults=True) | {"found": work.lists}
         return Outcome(
