@@ -19,8 +19,8 @@ from laconic.solvers.channels import channel_block, selection
 from laconic.solvers.channels.allocate import Of, Scope
 from laconic.solvers.channels.compensate import Report, compensate
 from laconic.solvers.channels.selection import Keep, Wish
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.importance.base import Scene
-from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.solvers.recalibrate import norms
 from laconic.solvers.search.latency_budget import Goal
 from laconic.solvers.search.stopwatch import Stopwatch, Timer

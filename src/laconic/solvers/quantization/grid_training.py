@@ -15,9 +15,10 @@ from pydantic import Field
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization.learned_steps import LearnedStep
-from laconic.solvers.quantization.weight_sites import WeightSite, refuse_broken
+from laconic.solvers.quantization.weight_sites import WeightSite
 from laconic.solvers.setting import Setting
 from laconic.solvers.teaching.learning import Course, Learning, trainable
 from laconic.statistics.base import Statistic

@@ -17,6 +17,7 @@ from laconic.forms import affine
 from laconic.program.freezing import freeze
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import insertion, output_ranges, ranges
 from laconic.solvers.quantization.kernels import without_kernel
@@ -24,7 +25,6 @@ from laconic.solvers.quantization.ranges import Grid
 from laconic.solvers.quantization.weight_sites import (
     WeightSite,
     choose_sites,
-    refuse_broken,
     weight_sites,
 )
 from laconic.solvers.setting import Setting

@@ -4,10 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
-from laconic.core.errors import DataError
 from laconic.program.normalize import base_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
@@ -106,22 +104,6 @@ def choose_sites(program: Program, sites: Sites, names: Sequence[str]) -> list[s
         name for name, group in every.items()
         if any(sites.match(n) for n in group) and all(barred.match(n) for n in group)
     ]  # fmt: skip
-
-
-def refuse_broken(program: Program) -> None:
-    """Raise if a parameter is not finite, as after a training that diverged.
-
-    Raises:
-        DataError: names the first such parameter.
-    """
-    for name, tensor in program.named_parameters():
-        bad = int((~torch.isfinite(tensor.detach())).sum()) if tensor.is_floating_point() else 0
-        if bad:
-            raise DataError(
-                f"{bad} of {tensor.numel()} values are NaN or infinite",
-                where=name,
-                hint="a network that diverged cannot be made smaller: train it again",
-            )
 
 
 def _turned_uses(node: fx.Node, order: Sequence[int]) -> list[tuple[fx.Node, int] | None]:

@@ -17,9 +17,9 @@ from torch import Tensor
 from laconic.program.freezing import freeze, is_frozen, thaw
 from laconic.program.program import FAKES, STORED, Program
 from laconic.program.sites import Sites
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.quantization.weight_sites import (
     choose_sites,
-    refuse_broken,
     weight_sites,
 )
 from laconic.statistics.layers import Layer, layers
