@@ -8,7 +8,7 @@ SST-2 test sentences. `stream`: milliseconds for each sentence over the stream o
 one at a time and 32 at a time, in OpenVINO: the original, the fixed network, and the gated one as a
 chain of pieces; all in turn. Sentences are padded to 128 tokens with their real masks.
 
-    python -m benchmarks.skip_layers [--only gated] [--quick]
+    python -m benchmarks.skip_layers [--steps 1000] [--only gated] [--quick]
 """
 
 import time
@@ -33,14 +33,15 @@ from laconic.runtimes.openvino import OpenVino
 
 TOKENS = minilm_main.TOKENS
 BATCHES = (1, 32)
+STEPS = 1_000
 GATE: dict[str, Any] = {
-    "method": "dynamic.skip_layers", "unit": 2, "share": 0.66, "penalty": 0.5, "steps": 3000,
-    "lr": 4e-4, "train": ["*", "!*embeddings*"],
+    "method": "dynamic.skip_layers", "unit": 2, "share": 0.66, "penalty": 0.5, "lr": 4e-4,
+    "train": ["*", "!*embeddings*"],
 }  # fmt: skip
 FIXED: list[dict[str, Any]] = [
     {"method": "simplify.drop_layers", "unit": 2, "count": 2, "importance": "loss",
      "samples": 256},
-    {"method": "distill.logits", "sites": ["*", "!*embeddings*"], "steps": 3000, "lr": 4e-4},
+    {"method": "distill.logits", "sites": ["*", "!*embeddings*"], "lr": 4e-4},
 ]  # fmt: skip
 
 
@@ -52,11 +53,12 @@ class Job(minilm_main.Job):
         self.stages = Stages(bench, "skip_layers")
         self.tokens = 32 if self.quick else TOKENS
         self.written: dict[str, Path] = {}
+        length = {"steps": bench.args.steps}
         few = {"steps": 1, "precision": "fp32", "teacher": "torch", "evaluations": 1}
         first = {"sites": "encoder.encoder.layer.0*", "samples": 4}
-        self.gate = GATE | (few | first if self.quick else {})
+        self.gate = GATE | (few | first if self.quick else length)
         self.fixed = [FIXED[0] | ({"importance": "l2", "count": 1} if self.quick else {}),
-                      FIXED[1] | (few if self.quick else {})]  # fmt: skip
+                      FIXED[1] | (few if self.quick else length)]  # fmt: skip
 
     def batches(
         self, texts: list[str], size: int, tokens: int | None = TOKENS
@@ -206,6 +208,7 @@ def main(argv: list[str] | None = None) -> Row:
     """Run the rows and print the JSON line."""
     bench = Bench("skip_layers", __doc__ or "")
     bench.parser.add_argument("--seed", type=int, default=0)
+    bench.parser.add_argument("--steps", type=int, default=STEPS, help="of both trainings")
     bench.parse(argv)
     job = Job(bench)
     rows = model_rows(job)
