@@ -41,6 +41,7 @@ SPACE = {"width:layer*.conv1.out": [1.0, 0.75, 0.5, 0.25], "depth:*": [1.0, 0.75
 BUDGETS = (0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.85, 1.0)
 ALONE = (0.25, 0.5, 0.7)
 LATENCIES = (0.75, 0.6, 0.45)
+TRAIN: dict[str, Any] = {"method": "nas.supernet", "space": SPACE, "members": 2, "inplace": False}
 SEARCH: dict[str, Any] = {
     "method": "nas.search", "importance": "leading", "by": "predictor", "trials": 16, "rungs": 2,
     "samples": 128, "validation": 1_000,
@@ -75,7 +76,7 @@ def length(args: Any, quick: bool) -> dict[str, Any]:
 
 def supernet_row(bench: Bench, net: Nets, stages: Stages) -> Row:
     """The one training."""
-    said = {"method": "nas.supernet", "space": SPACE, **length(bench.args, net.quick)}
+    said = {**TRAIN, **length(bench.args, net.quick)}
     said |= {"members": 1, "samples": 32} if net.quick else {"evaluations": 2}
     figures: dict[str, Any] = {}
 
@@ -114,7 +115,7 @@ def budget_row(bench: Bench, net: Nets, stages: Stages, part: float) -> Row:
         whole = cost(net.program).macs
         return {"part": figures["macs"] / whole, "val": net.score(program, "validation"), **figures}
 
-    return stages.row(name, make, measure, search=SEARCH, space=SPACE, minutes=bench.args.minutes)
+    return stages.row(name, make, measure, search=SEARCH, train=TRAIN, minutes=bench.args.minutes)
 
 
 def latency_row(bench: Bench, net: Nets, stages: Stages, part: float) -> Row:
@@ -134,7 +135,7 @@ def latency_row(bench: Bench, net: Nets, stages: Stages, part: float) -> Row:
         return {"part": pair[1] / pair[0], "val": net.score(program, "validation"), **figures}
 
     return stages.row(
-        f"latency_{part:g}", make, measure, search=SEARCH, space=SPACE, minutes=bench.args.minutes
+        f"latency_{part:g}", make, measure, search=SEARCH, train=TRAIN, minutes=bench.args.minutes
     )
 
 

@@ -16,6 +16,8 @@ from laconic.methods.nas.search import Search
 from laconic.methods.nas.supernet import Supernet
 from laconic.program.cost import cost
 from laconic.program.sites import Sites
+from laconic.solvers.recalibrate import recalibrate
+from laconic.solvers.search.elastic import Elastic, declare
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
 
@@ -53,10 +55,11 @@ class Interrupted(list):
             yield batch
 
 
-def test_a_supernet_taken_up_again_is_the_uninterrupted_one(program, context, tmp_path):
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_supernet_taken_up_again_is_the_uninterrupted_one(program, context, inplace, tmp_path):
     method = Supernet(
         space=SPACE, importance="l2", samples=8, steps=6, members=1, shrink=0.5, evaluations=1,
-        teacher="torch", precision="fp32", save_every=0,
+        teacher="torch", precision="fp32", save_every=0, inplace=inplace,
     )  # fmt: skip
     whole = method.apply(program, Sites(), context)
     stopped = replace(
@@ -74,6 +77,31 @@ def test_a_supernet_taken_up_again_is_the_uninterrupted_one(program, context, tm
     assert {k: v.shape for k, v in whole.program.state_dict().items()} == {
         k: v.shape for k, v in program.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_largest_and_smallest_both_learn(program, context, inplace):
+    made = Supernet(
+        space={"width:*": [1.0, 0.5]}, importance="l2", samples=8, steps=40, members=1, shrink=0.0,
+        evaluations=1, teacher="torch", precision="fp32", lr=0.02, optimizer="sgd", inplace=inplace,
+    ).apply(program, Sites(), context)  # fmt: skip
+    fresh = Supernet(
+        space={"width:*": [1.0, 0.5]}, importance="l2", samples=8, steps=1, members=0, shrink=0.0,
+        evaluations=1, teacher="torch", precision="fp32", lr=1e-9, inplace=inplace,
+    ).apply(program, Sites(), context)  # fmt: skip
+
+    def away(trained):
+        """Of the smallest member's outputs from the original's."""
+        elastic = Elastic(trained.program)
+        space, _ = declare(elastic, {"width:*": [1.0, 0.5]}, Sites())
+        least = elastic.cut(space.least()).program
+        held = [tuple(inputs.values()) for inputs, _ in context.task.train]
+        recalibrate(least, held)
+        with torch.no_grad():
+            gaps = [(least(*flat) - program(*flat)).square().mean() for flat in held]
+        return torch.stack(gaps).mean()
+
+    assert away(made) < 0.7 * away(fresh)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import numpy as np
 
 from laconic import runtimes, storage
 from laconic.core.errors import DataError, ExportError
+from laconic.core.whole_files import whole_file
 from laconic.engine.deploy import write_inductor
 from laconic.measuring import latency
 from laconic.program.program import Program
@@ -202,10 +203,9 @@ def write(held: Buckets) -> Path:
         "signature": held.signature.to_json(),
         "buckets": [asdict(bucket) for bucket in held.buckets],
     }
-    temporary = held.path.with_name(f".{held.path.name}.new")
     try:
-        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        temporary.replace(held.path)
+        with whole_file(held.path) as unfinished:
+            unfinished.write_text(json.dumps(about, indent=1), encoding="utf-8")
     except OSError as error:
         raise ExportError(f"cannot write: {error.strerror}", where=str(held.path)) from error
     return held.path

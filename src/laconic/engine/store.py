@@ -6,7 +6,6 @@ steps, and a run that is started again finds what the earlier one finished.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from laconic import storage
 from laconic.core.errors import LaconicError, StorageError
+from laconic.core.whole_files import whole_file
 from laconic.program.program import Program
 
 
@@ -127,15 +127,10 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         StorageError: it cannot be written; what was there before stays.
     """
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise StorageError(
             f"cannot be written: {error.strerror or error}",
             where=str(path),

@@ -20,6 +20,7 @@ import numpy as np
 
 from laconic import runtimes
 from laconic.core.errors import ExportError
+from laconic.core.whole_files import whole_file
 from laconic.program.chain import Chain, Plan, Step, execute
 from laconic.program.program import Program
 from laconic.runtimes.base import Array, Precision, Runner, Runtime, Shapes, quantized
@@ -62,10 +63,9 @@ def write(chain: Chain, runtime: Runtime, path: Path, precision: Precision, **op
         "pieces": pieces,
         "inputs": _inputs(chain),
     }
-    temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(json.dumps(about, indent=1), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as unfinished:
+            unfinished.write_text(json.dumps(about, indent=1), encoding="utf-8")
     except OSError as error:
         raise ExportError(f"cannot write: {error.strerror}", where=str(path)) from error
     return path

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from laconic.core.errors import ExportError
+from laconic.core.whole_files import whole_file
 from laconic.program.program import Program
 from laconic.runtimes._onnx import write_onnx
 from laconic.runtimes._onnx_operators import refusals
@@ -147,14 +148,13 @@ class OpenVino(Runtime):
             ExportError: it cannot be written, or this version of OpenVINO has none without weights.
         """
         settings = _settings(precision, threads)
-        temporary = target.with_name(f".{target.name}.new")
         try:
             if "ENABLE_WEIGHTLESS" not in _property("SUPPORTED_PROPERTIES"):
                 raise RuntimeError("no compiled code without weights in this version")
             held = self._compile(path, shapes, settings | _LEAN).export_model()
             held = held.getvalue() if hasattr(held, "getvalue") else held
-            temporary.write_bytes(_origin(settings) + held)
-            temporary.replace(target)
+            with whole_file(target) as unfinished:
+                unfinished.write_bytes(_origin(settings) + held)
         except (OSError, RuntimeError) as error:
             raise ExportError(f"cannot write: {_reason(error)}", where=str(target)) from error
         return target

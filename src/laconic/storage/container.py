@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import os
-import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from laconic.core.errors import StorageError
+from laconic.core.whole_files import whole_file
 from laconic.storage import header
 from laconic.storage.limits import Limits
 
@@ -83,15 +83,9 @@ def write(path: Path, parts: Iterable[bytes]) -> int:
     Raises:
         StorageError: the disk is full, or the folder is missing or not writable.
     """
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        try:
-            size = _write_new(unfinished, parts)
-            unfinished.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            raise
+        with whole_file(path) as unfinished, unfinished.open("xb") as file:
+            size = sum(file.write(part) for part in parts)
         _sync_folder(path.parent)
     except OSError as error:
         kept = " the earlier file is untouched;" if path.exists() else ""
@@ -100,17 +94,6 @@ def write(path: Path, parts: Iterable[bytes]) -> int:
             where=str(path),
             hint="free some space or choose another place",
         ) from error
-    return size
-
-
-def _write_new(path: Path, parts: Iterable[bytes]) -> int:
-    size = 0
-    with path.open("xb") as file:
-        for part in parts:
-            file.write(part)
-            size += len(part)
-        file.flush()
-        os.fsync(file.fileno())
     return size
 
 

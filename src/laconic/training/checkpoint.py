@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from laconic.core.errors import StorageError
+from laconic.core.whole_files import whole_file
 from laconic.program.program import Program
 
 FILE = "training.safetensors"
@@ -46,18 +46,13 @@ class Checkpoint:
             OSError: it cannot be written, for example because the disk is full.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        target, new = folder / FILE, folder / f"{FILE}.new"
         about = {"version": _VERSION, "identity": self.identity, "state": dict(self.state)}
         held = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         try:
-            save_file(held, new, metadata={"laconic": json.dumps(about)})
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-            new.replace(target)
+            with whole_file(folder / FILE) as unfinished:
+                save_file(held, unfinished, metadata={"laconic": json.dumps(about)})
         except SafetensorError as error:
             raise OSError(str(error)) from error
-        finally:
-            new.unlink(missing_ok=True)
 
 
 def identity_of(told: Any, programs: Iterable[Program]) -> str:

@@ -1,11 +1,12 @@
 """One training for many sizes: a network whose sub-networks are good as they are.
 
-Idea: all sub-networks share one set of weights. In every step the largest learns from the original,
-and the smallest and a few random ones learn what the largest says about the same images (the
-sandwich rule, distillation in place). The space opens little by little: kernels, then depth, then
-width. Before, the channels of every group are sorted by importance, so that a sub-network keeps the
-leading ones, the best; of a stage's residual branches it keeps the first. Sub-networks are cut
-graphs, so a small one costs little time in training too.
+Idea: all sub-networks share one set of weights. In every step the largest or the smallest, in turn,
+and a few random ones learn from the original. With `inplace` the largest learns from it in every
+step, and the smallest and the random ones learn what the largest says about the same images (the
+sandwich rule): for an original that is itself to be trained further. The space opens little by
+little: kernels, then depth, then width. Before, the channels of every group are sorted by
+importance, so that a sub-network keeps the leading ones, the best; of a stage's residual branches
+it keeps the first. Sub-networks are cut graphs, so a small one costs little time in training too.
 
 The result is the whole network with the trained weights. `nas.search` finds its best member for a
 budget (`importance: leading`, and the space that stands in the figures); nothing is trained any
@@ -20,7 +21,8 @@ Helps: several devices or budgets to serve from one training; sizes that are cho
 Does not: one known size, for which the same time spent on that network alone gives more; networks
 without batch normalisation that are cut far are harder to train together.
 
-Cost: a step costs one of the whole network, one of the smallest, and `members` of about half.
+Cost: a step costs half one of the whole network, half one of the smallest, and `members` of about
+half; in place twice the ends.
 """
 
 from collections.abc import Mapping
@@ -53,7 +55,9 @@ class Supernet(Learning, Method):
         space: "kind:glob" → choices. Kinds are width (of a group; heads are groups too), depth (of
             a stage of residual branches), kernel, resolution. A float is a part of the whole, an
             integer a size; the whole network is always a member.
-        members: random sub-networks in each step, besides the whole and the smallest one.
+        members: random sub-networks in each step, besides the whole or the smallest one.
+        inplace: sub-networks learn from the whole one, which is trained in every step, and not from
+            the original.
         shrink: share of the steps in which the space opens.
         importance: what the channels are sorted by; any score that `prune.channels` knows, or
             "leading" to leave them as they are.
@@ -69,6 +73,7 @@ class Supernet(Learning, Method):
 
     space: dict[str, list[int | float]] = Field(default_factory=lambda: _plain(DEFAULT))
     members: int = Field(default=2, ge=0)
+    inplace: bool = False
     shrink: float = Field(default=0.3, ge=0, le=1)
     importance: str = "l2"
     samples: int = Field(default=512, ge=1)
@@ -100,7 +105,12 @@ class Supernet(Learning, Method):
             return Outcome(program=program.clone(), resolved=own, notes=notes)
         done = self._sort(student, elastic, space, context, notes)
         together = Sandwich(
-            elastic, space, members=self.members, shrink=self.shrink, seed=context.seed
+            elastic,
+            space,
+            members=self.members,
+            shrink=self.shrink,
+            seed=context.seed,
+            inplace=self.inplace,
         )
         # a score of the whole network says nothing about the others: the last state is kept
         unjudged = replace(context, task=replace(context.task, validation=None))

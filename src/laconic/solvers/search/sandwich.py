@@ -1,7 +1,8 @@
 """Training a network together with its sub-networks, which share its weights.
 
-Every step trains the largest network on the objective, and the smallest one and a few random ones
-on what the largest gives for the same batch (the sandwich rule with in-place distillation).
+Every step trains the largest or the smallest network, in turn, and a few random ones on the same
+objective and the same batch. Or (the sandwich rule with in-place distillation) the largest on the
+objective, and the smallest and a few random ones on what the largest gives.
 Sub-networks are cut graphs that compute what they have to and no more; their tensors are slices of
 the shared ones, so that gradients come together there. They normalise by the batch and leave the
 running statistics alone, which stay those of the largest.
@@ -25,6 +26,7 @@ from laconic.training.distillation import Distillation
 from laconic.training.feed import mixed
 from laconic.training.job import Forward, Loss, Objective
 from laconic.training.plan import Plan
+from laconic.training.teacher import Teacher
 
 _HELD = 8  # cut graphs that are kept
 _STREAM = 7  # of random numbers, apart from those of the loop
@@ -125,19 +127,28 @@ class Sandwich(Attendant):
     """Adds the losses of sub-networks to a run's objective."""
 
     def __init__(
-        self, elastic: Elastic, space: Space, *, members: int, shrink: float, seed: int
+        self,
+        elastic: Elastic,
+        space: Space,
+        *,
+        members: int,
+        shrink: float,
+        seed: int,
+        inplace: bool = False,
     ) -> None:
         """Prepare.
 
         Args:
             elastic: of the Program that is trained, as it is before.
             space: its sub-networks, which keep leading indices.
-            members: random ones in each step, besides the smallest.
+            members: random ones in each step, besides the largest or the smallest.
             shrink: share of the steps in which the space opens.
             seed: of what is drawn.
+            inplace: the largest teaches the others, in every step.
         """
         self._elastic, self._space = elastic, space
         self._members, self._shrink, self._seed = members, shrink, seed
+        self._inplace = inplace
         self._steps, self._each = 0, 1
         self._cuts: OrderedDict[tuple[tuple[str, int], ...], Slice] = OrderedDict()
         self._student: Program | None = None
@@ -155,32 +166,49 @@ class Sandwich(Attendant):
         """The objective with the sub-networks' part; theirs is a `Distillation`."""
         assert isinstance(objective, Distillation)
         self._student = objective.student
+        learning = self._in_place if self._inplace else self._in_turn
 
         def together(forward: Forward, batch: Any, number: int) -> Loss:
-            given: list[Sequence[Tensor]] = []
-
-            def watched(*flat: Tensor) -> tuple[Tensor, ...]:
-                out = forward(*flat)
-                given.append([tensor.detach() for tensor in out])
-                return out
-
-            loss = objective(watched, batch, number)
             if number < 0:  # validation looks at the largest only
-                return loss
-            taught = [t.float() if t.is_floating_point() else t for t in given[0]]
-            small = _learning_from(objective, taught)
-            value = loss.value
-            for member in self.drawn(number):
-                value = value + small(self._slice(member), batch, number).value
-            return Loss(value, loss.samples)
+                return objective(forward, batch, number)
+            return learning(objective, forward, batch, number)
 
         return together
 
-    def drawn(self, number: int) -> list[Member]:
+    def _in_turn(self, objective: Distillation, forward: Forward, batch: Any, number: int) -> Loss:
+        """The largest or the smallest, and others, on one objective."""
+        # every process of a step runs the same end: gradients of the other one are none
+        largest = (number // self._each) % 2 == 0
+        once = replace(objective, teacher=_Once(objective.teacher))
+        small = replace(once, features=0.0, seen=None)
+        members = self.drawn(number, least=not largest)
+        losses = [once(forward, batch, number)] if largest or not members else []
+        losses += [small(self._slice(member), batch, number) for member in members]
+        return Loss(torch.stack([loss.value for loss in losses]).sum(), losses[0].samples)
+
+    def _in_place(self, objective: Distillation, forward: Forward, batch: Any, number: int) -> Loss:
+        """The largest on the objective, others on what it gives."""
+        given: list[Sequence[Tensor]] = []
+
+        def watched(*flat: Tensor) -> tuple[Tensor, ...]:
+            out = forward(*flat)
+            given.append([tensor.detach() for tensor in out])
+            return out
+
+        loss = objective(watched, batch, number)
+        taught = [t.float() if t.is_floating_point() else t for t in given[0]]
+        small = _learning_from(objective, taught)
+        value = loss.value
+        for member in self.drawn(number):
+            value = value + small(self._slice(member), batch, number).value
+        return Loss(value, loss.samples)
+
+    def drawn(self, number: int, *, least: bool = True) -> list[Member]:
         """The sub-networks of a batch, without the largest and each once."""
         space = self._space.opened(opened(self._space, self._part(number)))
         generator = torch.Generator().manual_seed(mixed(self._seed, number, _STREAM))
-        found = [space.least(), *(space.random(generator) for _ in range(self._members))]
+        found = [space.random(generator) for _ in range(self._members)]
+        found = [space.least(), *found] if least else found
         unique = {space.genes(member): member for member in found}
         unique.pop(space.genes(space.full()), None)
         return list(unique.values())
@@ -214,6 +242,20 @@ def opened(space: Space, part: float) -> Mapping[str, float]:
     for place, kind in enumerate(there):
         found[kind] = min(max(part * len(there) - place, 0.0), 1.0)
     return found
+
+
+class _Once:
+    """A teacher that is asked once about a batch."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+        self._told: list[Tensor] | None = None
+
+    def __call__(self, flat: Sequence[Tensor], number: int) -> list[Tensor]:
+        """Outputs, then tapped values; the same whenever asked again."""
+        if self._told is None:
+            self._told = self._teacher(flat, number)
+        return self._told
 
 
 def _learning_from(objective: Distillation, taught: Sequence[Tensor]) -> Distillation:
