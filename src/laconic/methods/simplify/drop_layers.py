@@ -31,9 +31,9 @@ from laconic.methods.base import Context, Method, Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import branch_importance, branch_removal, depth
 from laconic.solvers.layers.residual import Branch, branches
-from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.solvers.teaching.task_loss import TaskLoss
 from laconic.statistics.batches import Batches, Flat, told_nothing
 
