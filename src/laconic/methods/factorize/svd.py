@@ -36,10 +36,10 @@ from laconic.program.equations import operator_name
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.channels.compensate import compensate
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import chain
 from laconic.solvers.least_squares import Fit, residual
 from laconic.solvers.quantization.metric import Metric, metric, streamed
-from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.solvers.recalibrate import norms, recalibrate
 from laconic.solvers.sharing import low_rank, ranks
 from laconic.solvers.sharing.low_rank import Factors, Kind

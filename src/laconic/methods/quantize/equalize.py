@@ -27,9 +27,9 @@ from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.channels import selection
 from laconic.solvers.channels.channel_region import Region, Regions
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import equalization
-from laconic.solvers.quantization.weight_sites import refuse_broken
 
 _MOST_NOTES = 20
 

@@ -41,11 +41,11 @@ from laconic.program.groups import groups
 from laconic.program.program import Program
 from laconic.program.sites import Sites
 from laconic.solvers.channels import selection
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import orthogonal, ranges, rotation, rotation_search
 from laconic.solvers.quantization.rotatable import Turn
 from laconic.solvers.quantization.rotation_search import Batch, Grids, Probe, distance
-from laconic.solvers.quantization.weight_sites import refuse_broken
 from laconic.statistics.batches import Batches, count, flat_inputs
 
 _MOST_NOTES = 40

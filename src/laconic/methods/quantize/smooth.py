@@ -20,8 +20,9 @@ from pydantic import Field
 from laconic.methods.base import Context, Method, Outcome
 from laconic.program.program import Program
 from laconic.program.sites import Sites
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.quantization import smoothing
-from laconic.solvers.quantization.weight_sites import refuse_broken, weight_sites
+from laconic.solvers.quantization.weight_sites import weight_sites
 from laconic.statistics.batches import Batches
 
 

@@ -33,6 +33,7 @@ from laconic.program.normalize import base_name
 from laconic.program.program import FAKE_QUANTIZE, Program
 from laconic.program.sites import Sites
 from laconic.solvers import sensitivity
+from laconic.solvers.finite import refuse_broken
 from laconic.solvers.layers import folding
 from laconic.solvers.quantization import bias_correction as biases
 from laconic.solvers.quantization import insertion, output_ranges, placement, ranges, smoothing
@@ -41,7 +42,6 @@ from laconic.solvers.quantization.ranges import Grid
 from laconic.solvers.quantization.weight_sites import (
     WeightSite,
     choose_sites,
-    refuse_broken,
     weight_sites,
 )
 from laconic.statistics.base import Statistic
