@@ -41,7 +41,7 @@ RECOVER: dict[str, dict[str, Any]] = {
         "method": "distill.logits", "steps": 3000, "optimizer": "adamw", "lr": 6e-4,
         "weight_decay": 0.05, "alpha": 0.5, "temperature": 2.0,
     },
-    "minilm": minilm_main.RECOVER | {"steps": 4000, "features": 2.0},
+    "minilm": minilm_main.RECOVER | {"steps": 3000, "features": 2.0},
 }  # fmt: skip
 
 Steps = list[dict[str, Any]]

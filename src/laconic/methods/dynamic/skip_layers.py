@@ -41,6 +41,7 @@ from laconic.statistics.batches import Batches, Flat
 from laconic.training.taps import tapped
 
 _HALVINGS = 12
+_NEAR = 0.005  # of the units' cost: a limit that leaves less of the share unused will do
 _REACH = 8.0  # thresholds are sought this far on both sides of a score of 0
 
 
@@ -135,8 +136,10 @@ class SkipLayers(Learning, Method):
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             gates.set_thresholds(program, made, middle)
-            fits = _spent(made, _opened(program, made, held)) <= self.share
-            low, high = (low, middle) if fits else (middle, high)
+            left = self.share - _spent(made, _opened(program, made, held))
+            low, high = (low, middle) if left >= 0 else (middle, high)
+            if 0 <= left < _NEAR:  # every look runs the network on all samples
+                break
         return high
 
 
