@@ -67,6 +67,7 @@ class Job:
         self.bench, self.quick = bench, bool(bench.args.quick)
         self.threads = min(THREADS, torch.get_num_threads())
         self.stages = Stages(bench, "minilm_main")
+        self.known: dict[str, Tensor] = {}  # embeddings of the original, by split
         few = {"steps": 3, "nodes": LAYERS[: self.few_layers]}
         small = {"samples": 24, "importance": "l2", "block": 8}
         self.prune = PRUNE | (small if self.quick else {})
@@ -151,8 +152,11 @@ class Job:
 
     def originals(self, split: str) -> Tensor:
         """The original's embeddings in fp32."""
-        with torch.inference_mode():
-            return torch.cat([self.model(**b) for b in self.batches(self.sentences(split), 24)])
+        if split not in self.known:
+            batches = self.batches(self.sentences(split), 24)
+            with torch.inference_mode():
+                self.known[split] = torch.cat([self.model(**batch) for batch in batches])
+        return self.known[split]
 
 
 def spread(cosines: Tensor, name: str) -> Row:
