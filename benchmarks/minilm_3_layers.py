@@ -63,7 +63,6 @@ class Job(minilm_main.Job):
         super().__init__(bench)
         self.stages = Stages(bench, "minilm_3_layers")
         self.steps, self.trial = bench.args.steps, bench.args.trial
-        self.known: dict[str, Tensor] = {}
         if self.quick:
             self.steps = self.trial = 2
 
