@@ -164,7 +164,10 @@ def _packed(form: Affine) -> tuple[dict[str, Tensor], tuple[int, bool, int | Non
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[rows, n]` in [-2^(bits - 1), 2^(bits - 1)) as int32 `[rows, ceil(n * bits / 32)]`."""
+    """Codes `[rows, n]` in [-2^(bits - 1), 2^(bits - 1)) as int32 `[rows, ceil(n * bits / 32)]`.
+
+    `bits` divides 32.
+    """
     each = 32 // bits
     raised = codes.detach().cpu().numpy().astype(np.int64) + 2 ** (bits - 1)
     short = -raised.shape[1] % each
