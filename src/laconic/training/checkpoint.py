@@ -49,6 +49,8 @@ class Checkpoint:
         about = {"version": _VERSION, "identity": self.identity, "state": dict(self.state)}
         held = {name: t.detach().cpu().contiguous() for name, t in self.tensors.items()}
         try:
+            for left in folder.glob(f".{FILE}.*.part"):  # of a process that was killed
+                left.unlink(missing_ok=True)
             with whole_file(folder / FILE) as unfinished:
                 save_file(held, unfinished, metadata={"laconic": json.dumps(about)})
         except SafetensorError as error:
