@@ -115,6 +115,7 @@ class Dispatcher(Runner):
         self._batches = sorted({bucket.sizes.get(BATCH, 1) for bucket in held.buckets})
         self._plans: dict[tuple[tuple[Need, ...], int], list[Part]] = {}
         self._fits: dict[tuple[int, Need], Bucket | None] = {}
+        self._known: dict[tuple[Any, ...], dict[str, int]] = {}
         kept = {name for dims in held.outputs for name in dims.values()}
         self._trims = [
             (place, name, mask)
@@ -141,11 +142,11 @@ class Dispatcher(Runner):
         if needs is None:
             every = tuple(sizes[name] for name in self._lengths)
             return self._run(inputs, None, Part(0, sizes.get(BATCH, 1), every, None), sizes)
-        order = np.array(sorted(range(len(needs)), key=needs.__getitem__, reverse=True))
+        order = sorted(range(len(needs)), key=needs.__getitem__, reverse=True)
         plan = self._plan(tuple(needs[place] for place in order), sizes.get(BATCH, 1))
         if len(plan) == 1:
             return self._run(inputs, None, plan[0], sizes)
-        rows = [order[part.first : part.last] for part in plan]
+        rows = [np.array(order[part.first : part.last]) for part in plan]
         found = [self._run(inputs, row, part, sizes) for row, part in zip(rows, plan, strict=True)]
         return [
             joined([each[number] for each in found], rows, axis_of(dims))
@@ -154,6 +155,14 @@ class Dispatcher(Runner):
 
     def _sizes(self, inputs: Sequence[Array]) -> dict[str, int]:
         """Size of every free dimension; refuses what does not fit."""
+        key = tuple((array.shape, array.dtype) for array in inputs)
+        if key not in self._known:
+            if len(self._known) >= _PLANS:
+                self._known.clear()
+            self._known[key] = self._measured(inputs)
+        return self._known[key]
+
+    def _measured(self, inputs: Sequence[Array]) -> dict[str, int]:
         if len(inputs) != len(self.inputs):
             raise DataError(f"found {len(inputs)} inputs, expected {len(self.inputs)}: "
                             f"{', '.join(self.inputs)}", where="inputs")  # fmt: skip
@@ -184,9 +193,11 @@ class Dispatcher(Runner):
         given = tuple(sizes[name] for name in self._lengths)
         if not self._apart:
             return (given,)
+        masks = [inputs[self.inputs.index(mask)] != 0 for *_, mask in self._trims]
+        if all(real.all() for real in masks):
+            return (given,) * sizes[BATCH]
         needs = np.tile(np.array(given, int), (sizes[BATCH], 1))
-        for place, name, mask in self._trims:
-            real = inputs[self.inputs.index(mask)] != 0
+        for (place, name, _), real in zip(self._trims, masks, strict=True):
             if not real.any(1).all():
                 return None
             needs[:, place] = sizes[name] - real[:, ::-1].argmax(1)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeAlias
 
 from laconic import runtimes, storage
@@ -162,7 +163,7 @@ class _Build:
         self.progress = progress
         self.names = tuple(dimensions(program))
         self.ahead = wish.runtime == "inductor"
-        self.seconds = 0.0  # what compiling for one shape takes
+        self.seconds = 0.0  # what one more shape costs: compiling, or opening the code that is kept
         with progress.task("what may be padded"):
             self.padding = find_padding(program)
         self.notes = [f"{name} keeps exact sizes: {why}" for name, why in
@@ -257,6 +258,7 @@ class _Build:
         order = sorted(by_size)
         places = {round(k * (len(order) - 1) / (_PROBES - 1)) for k in range(_PROBES)}
         calls: list[tuple[Sizes, Runner]] = []
+        seconds: list[float] = []
         with self.progress.task("timing shapes", len(places)) as bar:
             for place in sorted(places):
                 sizes = self._sizes(by_size[order[place]])
@@ -264,10 +266,11 @@ class _Build:
                 if not self._alike:
                     with_it, runner = make(held, sizes)
                     calls.append((sizes, runner))
-                    self.seconds = with_it.buckets[-1].seconds
+                    seconds.append(with_it.buckets[-1].seconds)
                     for name in with_it.hashes.keys() - held.hashes.keys():
                         held.path.with_name(name).unlink()
                 bar.advance(1, said(sizes))
+        self.seconds = median(seconds or [self.seconds])
         times = timed(held, calls, self.wish.plan)
         step = 1 if self._alike else 2
         return tuple(
