@@ -27,7 +27,7 @@ from laconic.solvers.search.stopwatch import Timer
 Counts = dict[str, int]
 Cutter = Callable[[Mapping[str, int]], Program]
 _TRIES = 6
-_NEAR = 0.03  # a network this far below the goal is near enough
+_NEAR = 0.03  # a network this part of the goal below it is near enough: clocks say no more
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def meet(
             slow = found
         else:
             fast = found
-            if found.part >= goal - _NEAR:
+            if found.part >= goal * (1 - _NEAR):
                 break
     return Met(fast.counts, fast.milliseconds, tuple(tries))
 
