@@ -39,26 +39,32 @@ def row(model: str, methods: Sequence[str]) -> Row:
             refused[method] = str(error)[:_LONGEST]
         except Exception as error:  # noqa: BLE001 - it is what the row tells
             failed[method] = f"alone: {_told(error)}"
+    pairs = 0
     for first, held in alone.items():
         for second in alone:
-            reason = broken(held, second)
-            if reason:
-                failed[f"{first} > {second}"] = reason
-    pairs = len(alone) ** 2
+            name = f"{first} > {second}"
+            try:
+                both = contracts.followed_by(held, second)
+            except LaconicError as error:
+                refused[name] = str(error)[:_LONGEST]
+                continue
+            except Exception as error:  # noqa: BLE001 - it is what the row tells
+                failed[name] = f"apply: {_told(error)}"
+            else:
+                if reason := broken(both):
+                    failed[name] = reason
+            pairs += 1
     wrong = sum(" > " in name for name in failed)
     return {"pairs": pairs, "passed": pairs - wrong, "failed": failed, "refused": refused}
 
 
-def broken(held: contracts.Case, second: str) -> str:
-    """What a second method breaks on what a first one made, or nothing."""
-    stage = "apply"
-    try:
-        both = contracts.followed_by(held, second)
-        for check in contracts.PAIR_CHECKS:
-            stage = check.__name__
+def broken(both: contracts.Case) -> str:
+    """The first check that a pair breaks, or nothing."""
+    for check in contracts.PAIR_CHECKS:
+        try:
             check(both)
-    except Exception as error:  # noqa: BLE001 - it is what the row tells
-        return f"{stage}: {_told(error)}"
+        except Exception as error:  # noqa: BLE001 - it is what the row tells
+            return f"{check.__name__}: {_told(error)}"
     return ""
 
 

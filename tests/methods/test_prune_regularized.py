@@ -22,6 +22,7 @@ from laconic.solvers.channels import proximal
 from laconic.solvers.channels.fading import FadingGroups, left
 from laconic.testing import zoo
 from laconic.testing.contracts import own_outputs
+from laconic.training.plan import Plan
 
 SHORT = {
     "steps": 8, "precision": "fp32", "evaluations": 2, "teacher": "torch", "block": 1,
@@ -152,6 +153,22 @@ def test_just_before_the_cut_the_network_is_the_one_after_it(program, monkeypatc
     ((before, after),) = seen
     # float32 sums over fewer terms, a handful of layers
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_groups_changes_nothing(program):
+    """A weight between two groups fades with both, and its norm is measured after the first."""
+
+    def faded(names):
+        made = program.clone().train()
+        fading = FadingGroups({name: torch.arange(4) for name in names}, 0.5, 2.0)
+        fading.begin(made, Plan(steps=4))
+        with torch.no_grad():
+            fading.fade(0.5)
+        return made.state_dict()
+
+    one, two = faded(["a.out", "b.out"]), faded(["b.out", "a.out"])
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+    assert not torch.equal(one["b.weight"], program.state_dict()["b.weight"])
 
 
 @pytest.mark.parametrize("of", ["macs", "parameters", "channels"])

@@ -1,8 +1,9 @@
 """What autocast leaves in float32."""
 
 import torch
+from torch import nn
 
-from laconic.training.precision import autocast
+from laconic.training.precision import autocast, set_layout
 
 CPU = torch.device("cpu")
 
@@ -23,3 +24,17 @@ def test_float32_changes_nothing():
     x = torch.ones(2, 2)
     with autocast(CPU, "fp32"):
         assert torch.matmul(x, x).dtype == torch.float32
+
+
+def test_layouts_change_4d_tensors_and_leave_others():
+    """5-d ones, as layers that share a basis have them, have no such layout."""
+    held = nn.Module()
+    held.kernel, held.basis = (nn.Parameter(torch.randn(n * [3])) for n in (4, 5))
+    kernel, value = held.kernel, held.kernel.detach().clone()
+    set_layout(held, channels_last=True)
+    assert held.kernel is kernel
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
+    assert held.basis.is_contiguous()
+    set_layout(held, channels_last=False)
+    assert kernel.is_contiguous()
+    assert torch.equal(kernel, value)

@@ -71,7 +71,9 @@ def laid_out(flat: Sequence[Tensor], device: torch.device, channels_last: bool) 
 def set_layout(program: nn.Module, channels_last: bool) -> None:
     """Lay 4-d tensors out channels-last, or back in rows."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    program.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    for tensor in (*program.parameters(), *program.buffers()):
+        if tensor.ndim == 4:  # `Module.to` tries 5-d ones too (layers that share a basis) and fails
+            tensor.data = tensor.data.to(memory_format=layout)
 
 
 def in_float32(values: Sequence[Tensor]) -> list[Tensor]:

@@ -162,7 +162,8 @@ class FadingGroups(Fading):
     def __init__(self, keep: Keep, share: float, pace: float) -> None:
         """`keep`: group → indices that stay."""
         super().__init__(share, pace)
-        self._keep = keep
+        # a tensor may be in two groups: which one fades first is the same however they were found
+        self._keep = dict(sorted(keep.items()))
         self.changes: Changes = {}
         self.change: float | None = None
 
