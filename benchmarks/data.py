@@ -158,13 +158,23 @@ class Augmented:
 
     `pixels` uint8 [n, 3, h, w]. Batches are (float32 normalised, labels). Every pass draws from
     `torch.Generator` seeded with `seed` plus the number of passes begun, so a run repeats exactly.
+    With `distinct` so many passes are gone through in turn, and `period` says after how many
+    batches the same ones come again, so that a teacher is asked about each once.
     """
 
-    def __init__(self, images: Images, size: int, seed: int, *, normalise: bool = True) -> None:
+    def __init__(
+        self, images: Images, size: int, seed: int, *, normalise: bool = True,
+        distinct: int | None = None,
+    ) -> None:  # fmt: skip
         raw = torch.from_numpy(np.array(images.pixels)).permute(0, 3, 1, 2)
         self.pixels, self.labels = raw.contiguous(), images.labels
         self.size, self.seed, self.normalise = size, seed, normalise
-        self.passes = 0
+        self.passes, self.distinct = 0, distinct
+
+    @property
+    def period(self) -> int | None:
+        """After how many batches the same ones come again."""
+        return self.distinct and self.distinct * len(self)
 
     def __len__(self) -> int:
         return len(self.labels) // self.size
@@ -174,7 +184,8 @@ class Augmented:
         self.passes = epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        generator = torch.Generator().manual_seed(self.seed + self.passes)
+        drawn = self.passes % self.distinct if self.distinct else self.passes
+        generator = torch.Generator().manual_seed(self.seed + drawn)
         self.passes += 1
         order = torch.randperm(len(self.labels), generator=generator)
         for rows in order[: len(self) * self.size].split(self.size):

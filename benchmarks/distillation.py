@@ -94,19 +94,6 @@ CUT: dict[str, Way] = {
 RECOVERY: dict[str, Any] = {"lr": 0.02, "weight_decay": 1e-4}  # of what is trained already
 
 
-class Again(Augmented):
-    """Augmented images of a few passes that are gone through in turn."""
-
-    def __init__(self, images: Images, size: int, seed: int, passes: int) -> None:
-        super().__init__(images, size, seed)
-        self.distinct = passes
-        self.period = passes * len(self)
-
-    def set_epoch(self, epoch: int) -> None:
-        """The next pass is number `epoch`."""
-        super().set_epoch(epoch % self.distinct)
-
-
 class School:
     """Teacher, students and data."""
 
@@ -133,8 +120,8 @@ class School:
         if way.data == "new":
             return Augmented(self.images, size, seed=0)
         if way.data == "few":
-            return Again(self.images[:FEW], min(size, FEW // 4), seed=0, passes=10 * passes)
-        return Again(self.images, size, seed=0, passes=passes)
+            return Augmented(self.images[:FEW], min(size, FEW // 4), seed=0, distinct=10 * passes)
+        return Augmented(self.images, size, seed=0, distinct=passes)
 
     def task(self, way: Way) -> Task:
         """Training and validation data; without labels those of the training data are hidden."""

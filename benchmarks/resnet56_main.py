@@ -52,6 +52,7 @@ class Job:
     """The original, its data and its task."""
 
     samples, batch = CALIBRATION, 128
+    distinct: int | None = None  # passes of augmented images, if they are to come again
 
     def __init__(self, args: Namespace, bench: Bench) -> None:
         self.args, self.bench, self.quick = args, bench, args.quick
@@ -81,8 +82,9 @@ class Job:
     def task(self) -> Task:
         """Augmented training images, calibration images without labels, validation rows."""
         train = cifar10("train")
+        images = train[:512] if self.quick else train
         return classification(
-            train=Augmented(train[:512] if self.quick else train, self.batch, seed=0),
+            train=Augmented(images, self.batch, seed=0, distinct=self.distinct),
             calibration=self.calibration,
             validation=list(self.batches("validation")),
         )

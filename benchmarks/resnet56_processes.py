@@ -29,9 +29,17 @@ class Half(Job):
 
     batch = 64
 
+    def __init__(self, args: argparse.Namespace, bench: Bench) -> None:
+        super().__init__(args, bench)
+        self.distinct = args.distinct
 
-def in_processes(job: Job, stage: Path, step: dict[str, Any], count: int) -> Outcome:
+
+def in_processes(
+    job: Job, stage: Path, step: dict[str, Any], count: int, distinct: int | None = None
+) -> Outcome:
     """`step` applied to the Program in file `stage` by `count` processes.
+
+    distinct: passes of augmented images that are gone through in turn; None for new ones always.
 
     Raises:
         RuntimeError: they failed; the message has the end of what they said.
@@ -44,6 +52,7 @@ def in_processes(job: Job, stage: Path, step: dict[str, Any], count: int) -> Out
             "-m", "benchmarks.resnet56_processes", "--stage", str(stage), "--made", str(made),
             "--step", json.dumps(step), "--weights", str(job.weights),
             "--depth", str(job.args.depth), "--seed", str(job.args.seed),
+            *(["--distinct", str(distinct)] if distinct else []),
             *(["--quick"] if job.quick else []),
         ]  # fmt: skip
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
@@ -58,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench("resnet56_processes", __doc__ or "")
     bench.parser.add_argument("--weights", type=Path)
     bench.parser.add_argument("--depth", type=int, default=56)
+    bench.parser.add_argument("--distinct", type=int, help="passes that come again")
     bench.parser.add_argument("--seed", type=int, default=0)
     for name in ("stage", "made"):
         bench.parser.add_argument(f"--{name}", type=Path, required=True)
