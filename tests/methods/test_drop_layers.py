@@ -259,3 +259,119 @@ def test_a_network_without_streams_is_left_alone_in_words():
     outcome = DropLayers().apply(program, Sites(), Context(task=task(), original=program))
     assert outcome.figures["dropped"] == []
     assert "no residual branch" in outcome.notes[0]
+
+
+# refit ------------------------------------------------------------------------------------------
+
+
+class PostNorm(nn.Module):
+    """Layers whose norm stands behind the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(6, 6)
+        self.first = nn.LayerNorm(6)
+        self.bodies = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 24), nn.GELU(), nn.Linear(24, 6)) for _ in range(3)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(self.stem(x))
+        for body, norm in zip(self.bodies, self.norms, strict=True):
+            x = norm(x + body(x))
+        return self.head(x)
+
+
+def error(program, other, x):
+    with torch.no_grad():
+        return float((program(x) - other(x)).square().mean())
+
+
+@pytest.mark.parametrize("gone", [["1"], ["1", "2"], ["0"], ["0", "3"]])
+def test_a_linear_branch_is_taken_over_by_the_one_before(gone, generator):
+    """Stem and branches end in linear maps; what left was linear, so the fit is exact."""
+    blocks = [Res(nn.Linear(6, 6)) for _ in range(4)]
+    model = zoo.shake(nn.Sequential(nn.Linear(6, 6), *blocks, nn.Linear(6, 3)), 1)
+    x = torch.randn(256, 6, generator=generator)
+    program = capture(model, x[:2])
+    names = [f"{int(name) + 1}.0" for name in gone]
+    plain = drop(program, data=x, drop=names)
+    refit = drop(program, data=x, drop=names, replace="refit", samples=256)
+    assert refit.figures["macs"] == plain.figures["macs"]
+    assert error(program, refit.program, x) <= 1e-6 * error(program, plain.program, x)
+    assert refit.figures["fit_error"]
+
+
+class Images(nn.Module):
+    """Residual blocks of convolution and batch norm, an activation behind every sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+                nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8),
+            )
+            for _ in range(4)
+        )  # fmt: skip
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("gone", [["blocks.2"], ["blocks.0", "blocks.1"], ["blocks.0", "blocks.3"]])
+def test_blocks_of_a_resnet_make_up_for_those_that_left(gone, generator):
+    model = zoo.shake(Images(), 5)
+    x = torch.randn(64, 3, 8, 8, generator=generator)
+    program = capture(model, x[:2])
+    plain = drop(program, data=x, drop=gone)
+    refit = drop(program, data=x, drop=gone, replace="refit", samples=64)
+    assert error(program, refit.program, x) < 0.5 * error(program, plain.program, x)
+    assert refit.figures["macs"] == plain.figures["macs"]
+    activations = [n for n in refit.program.graph.nodes if "relu" in n.name]
+    assert len(activations) == 1 + 2 * (4 - len(gone))
+
+
+@pytest.mark.parametrize("gone", [["bodies.0"], ["bodies.1"], ["bodies.1", "bodies.2"]])
+def test_the_norm_behind_what_left_takes_the_place_of_the_one_before(gone, generator):
+    model = zoo.shake(PostNorm(), 3)
+    x = torch.randn(256, 6, generator=generator)
+    program = capture(model, x[:2])
+    refit = drop(program, data=x, drop=gone, replace="refit", samples=256)
+    plain = drop(program, data=x, drop=gone)
+    assert error(program, refit.program, x) < error(program, plain.program, x)
+    kept = [name for name, _ in refit.program.tensors() if name.startswith("norms.")]
+    assert len(kept) == 2 * 3 - (2 * len(gone) if gone[0] != "bodies.0" else 0)
+
+
+class Tapped(nn.Module):
+    """The stream between two branches is an output as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Res(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)) for _ in "abc")
+
+    def forward(self, x):
+        first = self.blocks[0](x)
+        return first, self.blocks[2](self.blocks[1](first))
+
+
+def test_a_stream_that_others_read_keeps_its_value(generator):
+    model = zoo.shake(Tapped(), 2)
+    x = torch.randn(64, 6, generator=generator)
+    program = capture(model, x[:2])
+    context = Context(task=Task(loss=None, metric=None, train=[x]), original=program)
+    method = DropLayers(drop=["blocks.1"], replace="refit", samples=64)
+    outcome = method.apply(program, Sites(), context)
+    with torch.no_grad():
+        (first, last), (told, found) = program(x), outcome.program(x)
+        skipped = model.blocks[2](first)
+    assert torch.equal(first, told)
+    assert (last - found).square().mean() < (last - skipped).square().mean()

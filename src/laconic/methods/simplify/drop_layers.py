@@ -2,7 +2,8 @@
 
 Idea: what is added to a residual stream can be left out and the network still fits together.
 Branches are found in the graph, from the sums; a score says what each is worth, the least are
-dropped, and on request a linear map fitted by least squares takes a branch's place.
+dropped, and on request a linear map fitted by least squares takes a branch's place, or the branches
+that stay are fitted anew to do the work of those that left.
 
 Papers: Men et al. 2024, "ShortGPT" (arXiv 2403.03853) for block influence, 1 - cosine between a
 block's input and output; Gromov et al. 2024, "The unreasonable ineffectiveness of the deeper
@@ -13,7 +14,8 @@ Helps: deep residual networks and transformers, where runtimes are slow in propo
 dropped layer is time gained on every device, unlike channels of odd counts. Of layers that share
 their weights (ALBERT) it drops uses: time is gained, the weights stay while a use of them stays.
 The norm behind a dropped sum (BERT's LayerNorm(x + f(x))) stays: its trained scale and shift are
-part of what the next layer expects, and on trained weights the output stays nearer with them.
+part of what the next layer expects, and on trained weights the output stays nearer with them. With
+`refit` it takes the place of the norm before it.
 Does not: networks without residual streams, blocks that change the stream's shape (they stay),
 shallow networks, where every block matters; without recovery accuracy falls fast.
 Cost: weight norms need no data; influence a pass over the calibration data; taylor a backward pass;
@@ -52,8 +54,10 @@ class DropLayers(Method):
             skipped.
         unit: so many branches in a row on one stream go together, worth what they are worth
             together: 2 for a transformer whose layers are attention and perceptron.
-        replace: "nothing", or "linear": a linear map of the stream, fitted on calibration data
-            against the network before, takes the place of what was dropped where it is cheaper.
+        replace: "nothing"; "linear": a linear map of the stream, fitted on calibration data against
+            the network before, takes the place of what was dropped where it is cheaper; "refit":
+            the branches that stay are fitted anew to give what they and those that left gave
+            together, at no cost at run time.
         samples: calibration samples.
         drop: names of the branches that go, in place of everything that chooses (a replay has it).
     """
@@ -64,7 +68,7 @@ class DropLayers(Method):
     count: int | None = Field(default=None, ge=0)
     importance: Literal["influence", "l1", "l2", "taylor", "loss"] = "influence"
     unit: int = Field(default=1, ge=1)
-    replace: Literal["nothing", "linear"] = "nothing"
+    replace: Literal["nothing", "linear", "refit"] = "nothing"
     samples: int = Field(default=256, ge=1)
     drop: list[str] | None = None
 
@@ -104,6 +108,11 @@ class DropLayers(Method):
         errors: dict[str, float] = {}
         if self.replace == "linear" and dropped:
             errors = branch_removal.replace(work, dropped, batches.get(), notes, context.progress)
+        elif self.replace == "refit" and dropped:
+            fitted = branch_removal.compensated(
+                work, dropped, batches.get(), seed=context.seed, progress=context.progress
+            )
+            errors, notes = fitted.errors, notes + fitted.notes
         else:
             branch_removal.remove(work, dropped)
         after = cost(work)

@@ -131,16 +131,21 @@ def towards(
         seed: of the choice of positions that serve as rows.
         progress: moved on by one for each layer.
     """
-    report, by_source = Report(), {norm.node: norm for norm in norms(small)}
-    named = {node.name: node for node in dense.graph.nodes}
-    found = [_place(x, by_source) for x in layers(small) if x.groups == 1 and not x.shared]
-    places = [place for place in found if place.anchor.name in goals]
+    report, named = Report(), {node.name: node for node in dense.graph.nodes}
+    places = [place for place in _free(small) if place.anchor.name in goals]
     rewritten = {place.norm.node for place in places if place.norm is not None}
-    loose = [norm for norm in norms(small) if norm.node not in rewritten]
     twin = {place.anchor: named[goals[place.anchor.name]] for place in places}
     work = _Work(dense, small, {}, batches, seed, report, {}, twin)
-    work.run(places, loose if places else [], progress)
+    order = work.behind.order.place
+    first = min((order[place.layer.node] for place in places), default=len(order))
+    loose = [n for n in norms(small) if n.node not in rewritten and order[n.node] > first]
+    work.run(places, loose, progress)
     return report
+
+
+def steerable(program: Program) -> set[fx.Node]:
+    """Nodes that `towards` can bring to a goal: what a layer with weights of its own adds up to."""
+    return {place.anchor for place in _free(program)}
 
 
 class _Work:
@@ -283,6 +288,12 @@ def _places(
         else:
             found.append(place)
     return found
+
+
+def _free(program: Program) -> list[Place]:
+    """Layers whose weights are neither shared nor in groups."""
+    by_source = {norm.node: norm for norm in norms(program)}
+    return [_place(x, by_source) for x in layers(program) if x.groups == 1 and not x.shared]
 
 
 def _rows(layer: Layer, node: fx.Node) -> list[int]:

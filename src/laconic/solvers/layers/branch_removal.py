@@ -1,4 +1,4 @@
-"""Take residual branches out of a graph, or put a fitted linear map in the place of each."""
+"""Take residual branches out of a graph; what stays, or a linear map, can be fitted to make up."""
 
 import math
 from collections.abc import Sequence
@@ -13,6 +13,9 @@ from laconic.program import surgery
 from laconic.program.cost import cost
 from laconic.program.program import Program
 from laconic.solvers import least_squares
+from laconic.solvers.channels import compensate
+from laconic.solvers.channels.compensate import Report
+from laconic.solvers.layers import depth, residual
 from laconic.solvers.layers.residual import Branch
 from laconic.solvers.least_squares import Fit
 from laconic.statistics.gram import Gram
@@ -53,6 +56,64 @@ def twins(program: Program, copy: Program, unit: Sequence[Branch]) -> list[Branc
         )
         for branch in unit
     ]
+
+
+@torch.no_grad()
+def compensated(
+    program: Program,
+    dropped: Sequence[Branch],
+    batches: Sequence[Sequence[Tensor]],
+    *,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Report:
+    """Take branches out, in place, and refit those that stay to give what they all gave together.
+
+    The sum that stands before a branch that leaves is to equal the sum behind it, so a norm or an
+    activation between the two leaves as well; later sums of the stream make up for what is left.
+    Where no layer can do that for the sum before (a stem that is a pooling), the stream goes past.
+
+    Args:
+        program: to change.
+        dropped: its branches, in graph order.
+        batches: flat calibration inputs, all under way at once in both programs.
+        seed: of the choice of positions that serve as rows.
+        progress: moved on by one for each layer.
+    """
+    dense, able = program.clone(), compensate.steerable(program)
+    goals: dict[fx.Node, fx.Node] = {}
+    for chain in depth.chains(program):
+        before = stands = depth.entry(chain[0])
+        moved = False
+        for branch in (branch for layer in chain for branch in layer.branches):
+            free = stands in able
+            if branch in dropped:
+                free, moved = free and _alone(branch, before), True
+            else:
+                stands, free = branch.total, branch.total in able
+            if moved and free:
+                goals[stands] = branch.total
+            before = branch.total
+    past = {goal: stands for stands, goal in goals.items()}
+    for branch in dropped:
+        stream: Any = past.get(branch.total, branch.total.args[branch.place])
+        branch.total.replace_all_uses_with(stream)
+    surgery.remove_dead(program)
+    program.propagate()
+    program.recompile()
+    wanted = {stands.name: goal.name for stands, goal in goals.items()}
+    return compensate.towards(dense, program, wanted, batches, seed=seed, progress=progress)
+
+
+def _alone(branch: Branch, before: fx.Node) -> bool:
+    """Whether nothing but this branch and its sum reads the stream, from the sum before on."""
+    node, readers = branch.stream, {*branch.inner, branch.total}
+    while all(user in readers or residual.is_size(user) for user in node.users):
+        if node is before:
+            return True
+        readers = {node}
+        node = next(source for source in node.all_input_nodes if source.op != "get_attr")
+    return False
 
 
 @torch.no_grad()

@@ -143,7 +143,7 @@ def goals(found: Sequence[Chain], kept: Sequence[str]) -> dict[str, str]:
         stay = [place for place, layer in enumerate(chain) if layer.name in kept]
         gone = stay[0] if stay else len(chain)
         if gone:
-            wanted[_entry(chain[0]).name] = chain[gone - 1].total.name
+            wanted[entry(chain[0]).name] = chain[gone - 1].total.name
         ends = [place - 1 for place in stay[1:]] + [len(chain) - 1]
         whole = stay[:1] == [0]
         for place, end in zip(stay, ends, strict=True) if stay else ():
@@ -151,6 +151,17 @@ def goals(found: Sequence[Chain], kept: Sequence[str]) -> dict[str, str]:
             if not whole:
                 wanted[chain[place].total.name] = chain[end].total.name
     return wanted
+
+
+def entry(layer: DeepLayer) -> fx.Node:
+    """What is to a layer's stream as its own last sum is to the stream behind it."""
+    stream = _through(layer.branches[0].stream)
+    if layer.exit is layer.total or stream.op != "call_function":
+        return stream
+    if operator_name(stream) != operator_name(layer.exit):
+        return stream
+    (before, *_) = [source for source in stream.all_input_nodes if source.op != "get_attr"]
+    return before
 
 
 def _count(amount: Amount, names: Sequence[str]) -> int:
@@ -200,17 +211,6 @@ def _exit(branch: Branch, streams: set[fx.Node], totals: set[fx.Node]) -> fx.Nod
     alike = before.op == "call_function" and operator_name(before) == name
     first = before not in totals and reader in streams
     return reader if alike or first else total
-
-
-def _entry(layer: DeepLayer) -> fx.Node:
-    """What is to a layer's stream as its own last sum is to the stream behind it."""
-    stream = _through(layer.branches[0].stream)
-    if layer.exit is layer.total or stream.op != "call_function":
-        return stream
-    if operator_name(stream) != operator_name(layer.exit):
-        return stream
-    (before, *_) = [source for source in stream.all_input_nodes if source.op != "get_attr"]
-    return before
 
 
 def _layered(run: Sequence[tuple[Branch, fx.Node]]) -> Chain:

@@ -63,6 +63,11 @@ def branches(program: Program) -> list[Branch]:
     return found
 
 
+def is_size(node: fx.Node) -> bool:
+    """Whether a node gives a number; sizes are those of every value of the stream."""
+    return isinstance(node.meta.get("shape"), int)
+
+
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Both operands of a plain sum of two different values of the sum's own shape."""
     if node.op != "call_function" or operator_name(node) != "aten.add" or len(node.args) < 2:
@@ -90,17 +95,12 @@ def _between(stream: fx.Node, end: fx.Node, order: dict[fx.Node, int]) -> tuple[
         node = stack.pop()
         if node not in back and node is not stream and order[node] > order[stream]:
             back.add(node)
-            stack += [source for source in node.all_input_nodes if not _is_size(source)]
+            stack += [source for source in node.all_input_nodes if not is_size(source)]
     inner: set[fx.Node] = set()
     for node in sorted(back, key=order.__getitem__):
         if any(source is stream or source in inner for source in node.all_input_nodes):
             inner.add(node)
     return tuple(sorted(inner, key=order.__getitem__)) if end in inner else ()
-
-
-def _is_size(node: fx.Node) -> bool:
-    """Whether a node gives a number: sizes are those of every value of the stream."""
-    return isinstance(node.meta.get("shape"), int)
 
 
 def _is_closed(inner: Sequence[fx.Node], total: fx.Node) -> bool:
