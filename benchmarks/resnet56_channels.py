@@ -8,8 +8,9 @@ used to choose, and on all 10,000.
 
 Rows of a latency budget in place of multiply-adds (`benchmarks.resnet56_latency`), compensated and
 not trained, like `prune_2x1`: `ms_openvino_b32_100` was asked for 100 % of the milliseconds of
-`prune_2x1` in OpenVINO at batch 32, and so on. `latency`: these, `prune_2x1` and the whole network
-timed in turns, one thread, in milliseconds of the processor.
+`prune_2x1` in OpenVINO at batch 32, and so on; `_short` lost four of its 25 blocks first
+(`simplify.drop_layers`, refitted), chosen by accuracy on the validation rows. `latency`: these,
+`prune_2x1` and the whole network timed in turns, one thread, in milliseconds of the processor.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from benchmarks.stages import Stages, apply
 from laconic.methods.base import Outcome
 from laconic.program.cost import cost
 from laconic.program.program import Program
+from laconic.solvers.layers.residual import branches
 
 RATIOS = {"2x1": 2.1, "2x5": 2.5}
 PRUNE: dict[str, Any] = {
@@ -31,12 +33,34 @@ PRUNE: dict[str, Any] = {
 }  # fmt: skip
 RIVAL = "prune_2x1"
 BLOCK = 8
-BUDGETS = (
-    ("openvino", 1, 100), ("openvino", 32, 100), ("openvino", 32, 90), ("eager", 32, 100),
-    ("eager", 32, 90),
-)  # fmt: skip
 MORE = 4 * CALIBRATION  # images: at 2.5x a thousand leave 0.8 points on the table
+SHORT: dict[str, Any] = {
+    "method": "simplify.drop_layers", "replace": "refit",
+    "drop": ["layer1.5", "layer1.8", "layer2.2", "layer2.5"],
+}  # fmt: skip
 PROCESSES = 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A part of the milliseconds of `prune_2x1`; `short`: blocks are dropped first."""
+
+    runtime: str
+    batch: int
+    percent: int
+    short: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its row."""
+        return f"ms_{self.runtime}_b{self.batch}_{self.percent}{'_short' if self.short else ''}"
+
+
+BUDGETS = (
+    Budget("openvino", 32, 100), Budget("openvino", 32, 90), Budget("eager", 32, 90),
+    Budget("openvino", 32, 100, short=True), Budget("openvino", 32, 95, short=True),
+    Budget("eager", 32, 95, short=True),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,33 +124,33 @@ def ratio_rows(job: Channels, name: str, ratio: float) -> dict[str, Row]:
 def budget_rows(job: Channels) -> dict[str, Row]:
     """As fast as the network of the MACs budget, or faster, by the clock of a runtime."""
     found: dict[str, Row] = {}
-    for runtime, batch, percent in BUDGETS:
-        name = f"ms_{runtime}_b{batch}_{percent}"
+    samples = 64 if job.quick else MORE
+    short, context = SHORT | {"samples": samples}, job.context()
+    there = {branch.name for branch in branches(job.program)}
+    for budget in BUDGETS:
+        if budget.short and not there.issuperset(short["drop"]):
+            continue  # another network of the family
         turns = budgets.QUICK if job.quick else budgets.TABLE
-        clock = budgets.Clock(runtime, batch, threads=1, turns=turns)
-        options = {
-            "sites": PRUNE["sites"],
-            "block": BLOCK,
-            "samples": 64 if job.quick else MORE,
-        }
+        clock = budgets.Clock(budget.runtime, budget.batch, threads=1, turns=turns)
+        options = {"sites": PRUNE["sites"], "block": BLOCK, "samples": samples}
         told: Row = {}
 
         def make(
-            part: float = percent / 100, clock: budgets.Clock = clock, told: Row = told,
+            budget: Budget = budget, clock: budgets.Clock = clock, told: Row = told,
             options: dict[str, Any] = options,
         ) -> Any:  # fmt: skip
-            rival = job.stages.program(RIVAL)
-            made, figures = budgets.as_fast_as(
-                job.program, rival, part, clock, job.context(), **options
-            )
+            whole = apply(job.program, short, context).program if budget.short else job.program
+            rival, part = job.stages.program(RIVAL), budget.percent / 100
+            made, figures = budgets.as_fast_as(whole, rival, part, clock, context, **options)
             told |= figures
             return made
 
         def measure(program: Program, told: Row = told) -> Row:
             return {**job.pruned(program), **told}
 
-        found[name] = job.stages.row(
-            name, make, measure, runtime=runtime, batch=batch, percent=percent, **options,
+        found[budget.name] = job.stages.row(
+            budget.name, make, measure, runtime=budget.runtime, batch=budget.batch,
+            percent=budget.percent, **({"first": short} if budget.short else {}), **options,
             weights=job.weights, seed=job.args.seed,
         )  # fmt: skip
     return found
@@ -143,7 +167,7 @@ def test_row(job: Channels) -> Row:
     """Every stage there is on the test rows (never used to choose) and on all 10,000."""
     found: Row = {}
     stages = [f"{stage}_{name}" for stage in ("prune", *RECOVERIES) for name in RATIOS]
-    for stage in (*stages, *(f"ms_{way}_b{batch}_{part}" for way, batch, part in BUDGETS)):
+    for stage in (*stages, *(budget.name for budget in BUDGETS)):
         if job.stages.path(stage).exists():
             program = job.stages.program(stage)
             for split in ("test", "all"):

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -238,6 +239,19 @@ def test_minutes_become_steps_that_replay_exactly(fit, task):
     again, replayed = fit(got.plan)
     assert equal(tensors, replayed)
     assert again.plan == got.plan
+
+
+def test_judging_takes_a_part_of_the_minutes(sample, program, task):
+    def slow(*_):
+        time.sleep(0.1)
+        return 0.5
+
+    plan = PLAN.model_copy(update={"steps": None, "minutes": 0.03, "evaluations": 50})
+    job = replace(sample.make_job(program, task, plan), score=slow)
+    got = train(job)
+    assert got.plan.evaluations <= 4
+    assert got.plan.steps > 3
+    assert any(note.startswith("judged ") and "not 50" in note for note in got.notes)
 
 
 def test_an_empty_loader_is_an_error(sample, program):

@@ -29,6 +29,7 @@ from laconic.training.processes import Processes
 from laconic.training.state import State
 
 _NO_RATE = 1e-8  # of trial steps, which are taken back
+_JUDGING = 0.25  # of a time that was given, what evaluations may take
 
 
 def train(job: Job) -> Trained:
@@ -100,7 +101,8 @@ class _Run:
             self.feed.skip(self.state.step * self.batches)
         if not resumed:
             first = self._evaluate() if self.job.score else None
-            self.plan = self.plan.of_steps(self._steps())
+            steps = self._steps()
+            self.plan = self.plan.of_steps(steps)
             self._attend()
             if first is not None:
                 self._judged(None, first)
@@ -143,7 +145,7 @@ class _Run:
         began = time.perf_counter()
         if self.job.score is not None:
             self._evaluate()
-        judging = self.plan.evaluations * (time.perf_counter() - began)
+        judging = self._judged_within(_JUDGING * seconds, time.perf_counter() - began)
         left = seconds - (time.perf_counter() - self.started) - judging
         fresh = math.ceil((self.feed.period or 0) / self.batches)
         steps, each = steps_within(left, first, later, fresh)
@@ -152,6 +154,16 @@ class _Run:
             f"{self.job.plan.minutes:g} minutes were taken as {steps} steps of {each:.3g} s"
         )
         return steps
+
+    def _judged_within(self, seconds: float, each: float) -> float:
+        """Seconds of all evaluations, fewer than planned where they would take too long."""
+        planned = self.plan.evaluations
+        fit = min(planned, max(1, int(seconds / max(each, 1e-9))))
+        fit = int(self.processes.agree(fit))
+        if fit < planned:
+            self.plan = self.plan.model_copy(update={"evaluations": fit})
+            self.notes.append(f"judged {fit} times, not {planned}: once takes {each:.3g} s")
+        return fit * each
 
     def _trial(self, batches: Sequence[Any], base: int) -> float:
         """Seconds of one step that moves next to nothing."""
